@@ -1,0 +1,228 @@
+"""The linear-quadratic subproblem (D3): factor once, solve for many right-hand sides.
+
+The Riccati recursion eliminates the KKT matrix of (D3) stage by stage, from the last one:
+
+    Λ = R + BᵀPB,   K = -Λ⁻¹(S + BᵀPA),   P ← Q + AᵀPA + (S + BᵀPA)ᵀK                                              (D4)
+
+References: Amos et al., Differentiable MPC for End-to-end Planning and Control, 2018, Module 1 and Algorithm 1;
+Särkkä and García-Fernández, Temporal Parallelization of Dynamic Programming and LQ Optimal Control, 2023 (the
+associative scan).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from sartor.kkt import LQ
+
+
+class Factors(NamedTuple):
+    """The factorised KKT matrix of one (D3)."""
+
+    A_cl: Float[Array, "N nx nx"]
+    """Closed loop A + BK."""
+    B: Float[Array, "N nx nu"]
+    K: Float[Array, "N nu nx"]
+    P: Float[Array, "N+1 nx nx"]
+    """Value function ½ xᵀP_k x + p_kᵀx."""
+    Lambda_inv: Float[Array, "N nu nu"]
+    """Inverse of Λ, the Hessian of the cost-to-go in u_k."""
+    regular: Bool[Array, ""]
+    """Whether every Λ is positive definite, so that the solution is the unique strict minimiser."""
+
+
+class Trajectory(NamedTuple):
+    """A solution of (D3)."""
+
+    us: Float[Array, "N nu"]
+    xs: Float[Array, "N+1 nx"]
+    lams: Float[Array, "N+1 nx"]
+
+
+def factor(lq: LQ, parallel: bool = False) -> Factors:
+    """Factorise the KKT matrix of (D3) by the Riccati recursion (D4). Only A, B, Q, R, S of `lq` are read.
+
+    Args:
+        lq: The problem. Q_k need not be definite; what must be positive definite is every Λ_k.
+        parallel: Use an associative scan, of depth log N instead of N and a few times the work: for long horizons on
+            parallel hardware. It needs every R_k to be invertible by itself.
+
+    Fails: never raises; `regular` is False where some Λ is not positive definite.
+    """
+    P = _parallel_values(lq) if parallel else _sequential_values(lq)
+    BP = jnp.einsum("kxu,kxy->kuy", lq.B, P[1:])
+    Lambda = lq.R + BP @ lq.B
+    nu = lq.B.shape[2]
+    eye = jnp.broadcast_to(jnp.eye(nu, dtype=lq.B.dtype), Lambda.shape)
+    solved, pivots = jax.vmap(_eliminate)(Lambda, jnp.concatenate([lq.S + BP @ lq.A, eye], axis=2))
+    K, Lambda_inv = -solved[:, :, : lq.A.shape[1]], solved[:, :, lq.A.shape[1] :]
+    # A pivot is what is left of a diagonal entry once the controls before it are chosen.
+    floor = 8 * jnp.finfo(P.dtype).eps * jnp.abs(jnp.diagonal(Lambda, axis1=1, axis2=2))
+    regular = jnp.all(pivots > floor) & jnp.all(jnp.isfinite(P))
+    return Factors(lq.A + lq.B @ K, lq.B, K, P, 0.5 * (Lambda_inv + jnp.swapaxes(Lambda_inv, 1, 2)), regular)
+
+
+def backsolve(factors: Factors, q: Array, r: Array, c: Array, x0: Array, parallel: bool = False) -> Trajectory:
+    """Solve (D3) for one right-hand side with a factorisation at hand: one matrix-vector product a stage each way.
+
+    Args:
+        factors: From `factor`.
+        q: Linear state cost, (N+1, nx).
+        r: Linear control cost, (N, nu).
+        c: Offset of the dynamics, (N, nx).
+        x0: Initial state, (nx,).
+        parallel: Associative scans instead of sequential ones.
+
+    Gradients: linear in q, r, c, x0; both modes.
+    """
+    A_cl, B, K, P, Lambda_inv, _ = factors
+    Pc = jnp.einsum("kxy,ky->kx", P[1:], c)
+    drive = q[:-1] + jnp.einsum("kux,ku->kx", K, r) + jnp.einsum("kyx,ky->kx", A_cl, Pc)
+    p = _affine_scan(jnp.swapaxes(A_cl, 1, 2), drive, q[-1], reverse=True, parallel=parallel)
+    kff = -jnp.einsum("kuv,kv->ku", Lambda_inv, r + jnp.einsum("kxu,kx->ku", B, p[1:] + Pc))
+    xs = _affine_scan(A_cl, jnp.einsum("kxu,ku->kx", B, kff) + c, x0, reverse=False, parallel=parallel)
+    us = jnp.einsum("kux,kx->ku", K, xs[:-1]) + kff
+    return Trajectory(us, xs, jnp.einsum("kxy,ky->kx", P, xs) + p)
+
+
+def apply_kkt(lq: LQ, z: Trajectory) -> Trajectory:
+    """The KKT matrix of (D3), symmetric, times z: gradient of its Lagrangian without the constant terms."""
+    us, xs, lams = z
+    Q_xs = jnp.einsum("kxy,ky->kx", lq.Q, xs)
+    x_rows = jnp.einsum("kux,ku->kx", lq.S, us) + jnp.einsum("kyx,ky->kx", lq.A, lams[1:])
+    dynamics = jnp.einsum("kxy,ky->kx", lq.A, xs[:-1]) + jnp.einsum("kxu,ku->kx", lq.B, us)
+    return Trajectory(
+        us=jnp.einsum("kuv,kv->ku", lq.R, us)
+        + jnp.einsum("kux,kx->ku", lq.S, xs[:-1])
+        + jnp.einsum("kxu,kx->ku", lq.B, lams[1:]),
+        xs=jnp.concatenate([Q_xs[:-1] + x_rows, Q_xs[-1:]]) - lams,
+        lams=jnp.concatenate([jnp.zeros_like(xs[:1]), dynamics]) - xs,
+    )
+
+
+def solve_kkt(factors: Factors, rhs: Trajectory, parallel: bool = False) -> Trajectory:
+    """The inverse of `apply_kkt`: K z = rhs."""
+    return backsolve(factors, -rhs.xs, -rhs.us, -rhs.lams[1:], -rhs.lams[0], parallel)
+
+
+def lqr(lq: LQ, x0: Float[Array, " nx"], parallel: bool = False) -> Trajectory:
+    """Solve the linear-quadratic regulator problem (D3) from x0.
+
+    Args:
+        lq: The problem, time-varying; `Q`, `R`, `S` symmetric as a block matrix [Q Sᵀ; S R].
+        x0: Initial state.
+        parallel: Use associative scans; the same answer, for long horizons on parallel hardware.
+
+    Returns:
+        us (N, nu), xs (N+1, nx) and costates lams (N+1, nx); all NaN where the minimiser is not unique and strict.
+
+    Gradients: implicit, in every leaf of `lq` and in x0, from the factorisation of the forward pass; both modes.
+    Fails: never raises for values; NaN where some Λ of (D4) is not positive definite (`factor(lq).regular`).
+    References: Amos et al., 2018, Module 1 (eqs. 6, 8, 9).
+    """
+    check_lq(lq, x0)
+    factors = factor(jax.lax.stop_gradient(lq), parallel)
+    rhs = Trajectory(us=-lq.r, xs=-lq.q, lams=-jnp.concatenate([x0[None], lq.c]))
+
+    def solve(_, b):
+        z = solve_kkt(factors, b, parallel)
+        return jax.tree.map(lambda leaf: jnp.where(factors.regular, leaf, jnp.nan), z)
+
+    return jax.lax.custom_linear_solve(lambda z: apply_kkt(lq, z), rhs, solve, symmetric=True)
+
+
+def check_lq(lq: LQ, x0: Array) -> None:
+    """Raise unless the shapes of an LQ problem fit together."""
+    if lq.B.ndim != 3:
+        raise ValueError(f"lq.B must have shape (N, nx, nu), not {lq.B.shape}: stack the stages along the first axis.")
+    N, nx, nu = lq.B.shape
+    expected = LQ(A=(N, nx, nx), B=(N, nx, nu), c=(N, nx), Q=(N + 1, nx, nx), R=(N, nu, nu), S=(N, nu, nx),
+                  q=(N + 1, nx), r=(N, nu))  # fmt: skip
+    for name, shape in expected._asdict().items():
+        if getattr(lq, name).shape != shape:
+            raise ValueError(f"lq.{name} must have shape {shape}, not {getattr(lq, name).shape}.")
+    if x0.shape != (nx,):
+        raise ValueError(f"x0 must have shape ({nx},), not {x0.shape}.")
+
+
+def _sequential_values(lq: LQ) -> Array:
+    nx = lq.A.shape[1]
+
+    def stage(P, matrices):
+        A, B, Q, R, S = matrices
+        F = jnp.concatenate([A, B], axis=1)
+        H = jnp.concatenate([jnp.concatenate([Q, S.T], axis=1), jnp.concatenate([S, R], axis=1)])
+        M = H + F.T @ (P @ F)
+        P = _schur_complement(M, nx)
+        return P, P
+
+    _, Ps = jax.lax.scan(stage, lq.Q[-1], (lq.A, lq.B, lq.Q[:-1], lq.R, lq.S), reverse=True)
+    return jnp.concatenate([Ps, lq.Q[-1:]])
+
+
+def _schur_complement(M: Array, n: int) -> Array:
+    """M_xx - M_xu M_uu⁻¹ M_ux by elimination of the rows from n on; the pivots are positive for convex problems."""
+    for i in range(n, M.shape[0]):
+        M = M - M[:, i, None] * (M[i] / M[i, i])
+    return 0.5 * (M[:n, :n] + M[:n, :n].T)
+
+
+def _eliminate(M: Array, rhs: Array) -> tuple[Array, Array]:
+    """Solve M X = rhs for a symmetric positive definite M by Gauss-Jordan elimination, and give the pivots.
+
+    Written as a few whole-row operations for each row, since M is small (nu × nu): in a batch this is several times
+    faster than one library call for each matrix.
+    """
+    n = M.shape[0]
+    W = jnp.concatenate([M, rhs], axis=1)
+    pivots = []
+    for i in range(n):
+        pivots.append(W[i, i])
+        row = W[i] / W[i, i]
+        W = jnp.where((jnp.arange(n) == i)[:, None], row, W - W[:, i, None] * row)
+    return W[:, n:], jnp.stack(pivots)
+
+
+def _affine_scan(A: Array, b: Array, z: Array, reverse: bool, parallel: bool) -> Array:
+    """All z of z ← A_k z + b_k, the given one included, in the order of the stages."""
+    if parallel:
+
+        def combine(first, second):
+            (A1, b1), (A2, b2) = first, second
+            return A2 @ A1, jnp.einsum("...xy,...y->...x", A2, b1) + b2
+
+        Phi, offset = jax.lax.associative_scan(combine, (A, b), reverse=reverse)
+        zs = Phi @ z + offset
+    else:
+
+        def advance(z, stage):
+            A, b = stage
+            z = A @ z + b
+            return z, z
+
+        _, zs = jax.lax.scan(advance, z, (A, b), reverse=reverse)
+    return jnp.concatenate([zs, z[None]]) if reverse else jnp.concatenate([z[None], zs])
+
+
+def _parallel_values(lq: LQ) -> Array:
+    """All P of (D4) by an associative scan over conditional value functions (A, C, J)."""
+    nx, eye = lq.A.shape[1], jnp.eye(lq.A.shape[1], dtype=lq.A.dtype)
+    R_inv = jnp.linalg.inv(lq.R)
+    # Removing the cross term S makes the stage cost separable: u = v - R⁻¹ S x.
+    A = lq.A - lq.B @ R_inv @ lq.S
+    C = lq.B @ R_inv @ jnp.swapaxes(lq.B, 1, 2)
+    J = lq.Q[:-1] - jnp.swapaxes(lq.S, 1, 2) @ R_inv @ lq.S
+    zero = jnp.zeros((1, nx, nx), lq.A.dtype)
+    elements = (jnp.concatenate([A, zero]), jnp.concatenate([C, zero]), jnp.concatenate([J, lq.Q[-1:]]))
+
+    def combine(later, earlier):  # the reverse scan hands over the later stages first
+        (A1, C1, J1), (A2, C2, J2) = earlier, later
+        gain = jnp.linalg.solve(eye + C1 @ J2, jnp.concatenate([A1, C1], axis=-1))
+        A1_bar, C1_bar = gain[..., :nx], gain[..., nx:]
+        A2_T = jnp.swapaxes(A2, -1, -2)
+        return A2 @ A1_bar, A2 @ C1_bar @ A2_T + C2, jnp.swapaxes(A1, -1, -2) @ J2 @ A1_bar + J1
+
+    P = jax.lax.associative_scan(combine, elements, reverse=True)[2]
+    return 0.5 * (P + jnp.swapaxes(P, 1, 2))

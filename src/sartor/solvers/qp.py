@@ -1,0 +1,204 @@
+"""Quadratic programs on the stage structure: a primal-dual interior-point method with Riccati inside.
+
+    min over z = (us, xs):   (D3) + Σ_i linear_i·s_i + ½ quadratic_i·s_i²   s.t.  g + Gz - s + t = 0,  s ≥ 0,  t ≥ 0    (D5)
+
+with s = 0 for hard rows. Each step factorises once and solves twice (predictor and corrector).
+
+References: Mehrotra, On the Implementation of a Primal-Dual Interior Point Method, 1992; Rao, Wright and Rawlings,
+Application of Interior-Point Methods to Model Predictive Control, 1998.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from sartor.kkt import Expansion, add_row_curvature, rows_cotangent, rows_tangent
+from sartor.riccati import backsolve, factor
+from sartor.solution import Rows
+from sartor.solvers.base import loop
+
+_TO_BOUNDARY = 0.995
+
+
+class Rules(NamedTuple):
+    """What kind each row is; all fields flat, (m,)."""
+
+    exist: Bool[Array, " m"]
+    """False for an infinite bound."""
+    hard: Bool[Array, " m"]
+    linear: Float[Array, " m"]
+    quadratic: Float[Array, " m"]
+
+
+class Interior(NamedTuple):
+    """An interior point of (D5)."""
+
+    us: Float[Array, "N nu"]
+    xs: Float[Array, "N+1 nx"]
+    lams: Float[Array, "N+1 nx"]
+    mus: Float[Array, " m"]
+    slacks: Float[Array, " m"]
+    """t"""
+    violations: Float[Array, " m"]
+    """s"""
+
+
+class QPState(NamedTuple):
+    """The carry of the interior-point iteration."""
+
+    point: Interior
+    infeasibility: Float[Array, ""]
+    """What is left of the initial residual of the linear equations, as a fraction."""
+    regular: Bool[Array, ""]
+    done: Bool[Array, ""]
+    num_steps: Int[Array, ""]
+
+
+def solve_qp(
+    expansion: Expansion,
+    rules: Rules,
+    start: Interior,
+    tau: Array,
+    max_steps: int,
+    unroll: bool,
+) -> QPState:
+    """Solve (D5) from an interior point; `expansion.lq` gives H, `expansion.rows` g and `expansion.jacobian` G.
+
+    Args:
+        expansion: The problem, in deviations from a trajectory.
+        rules: Kinds of the rows.
+        start: Starting point with mus, slacks > 0; it need not satisfy any equation.
+        tau: Complementarity μt = sν = τ to be reached.
+        max_steps: Limit of interior-point steps.
+        unroll: Take exactly `max_steps` steps, in a loop that reverse mode can differentiate.
+
+    Fails: never raises; `regular` is False where the reduced Hessian was not positive definite.
+    """
+    g = pack(expansion.rows)
+
+    def step(state: QPState) -> QPState:
+        point = state.point
+        mus, t, s = point.mus, point.slacks, point.violations
+        nu = _multiplier_of_violation(rules, s, mus)
+        compliance, slope = _compliance(rules, s, nu)
+        denominator = t + mus * compliance
+        D = row_curvature(rules, point)
+        factors = factor(add_row_curvature(expansion.lq, expansion.jacobian, unpack(D, expansion.rows)))
+
+        def direction(target, mus_t_correction, s_nu_correction):
+            offset = (target + s * nu - s_nu_correction - s * rules.linear) * slope
+            e = jnp.where(rules.exist, (target + mus * t - mus_t_correction - mus * offset) / denominator, 0.0)
+            drive_us, drive_xs = rows_cotangent(expansion.jacobian, unpack(D * g + e, expansion.rows))
+            lq = expansion.lq
+            z = backsolve(factors, lq.q + drive_xs, lq.r + drive_us, lq.c, expansion.x0_gap)
+            rows = g + pack(rows_tangent(expansion.jacobian, z.us, z.xs))
+            new_mus = D * rows + e
+            new_s = jnp.where(rules.hard, 0.0, offset + compliance * new_mus)
+            new = Interior(z.us, z.xs, z.lams, new_mus, jnp.where(rules.exist, new_s - rows, t), new_s)
+            return jax.tree.map(jnp.subtract, new, point)
+
+        gap = complementarity(rules, point)
+        predictor = direction(0.0, 0.0, 0.0)
+        alpha = _longest_step(rules, point, predictor)
+        ahead = complementarity(rules, _move(point, predictor, alpha))
+        target = jnp.maximum(gap * (ahead / jnp.maximum(gap, 1e-300)) ** 3, tau)
+        nu_step = rules.quadratic * predictor.violations - predictor.mus
+        full = direction(target, predictor.mus * predictor.slacks, predictor.violations * nu_step)
+        alpha = jnp.minimum(1.0, _TO_BOUNDARY * _longest_step(rules, point, full))
+        moved = _move(point, full, alpha)
+        regular = factors.regular & jnp.all(jnp.isfinite(moved.us))
+        infeasibility = state.infeasibility * (1.0 - alpha)
+        done = (complementarity(rules, moved) <= 3.0 * tau) & (infeasibility <= 1e-6)
+        return QPState(moved, infeasibility, regular, done | ~regular, state.num_steps + 1)
+
+    one = jnp.ones((), g.dtype)
+    yes, no = jnp.asarray(True), jnp.asarray(False)
+    return loop(step, lambda state: ~state.done, QPState(start, one, yes, no, jnp.asarray(0)), max_steps, unroll)
+
+
+def center(rules: Rules, g: Array, mus: Array, tau: Array) -> tuple[Array, Array, Array]:
+    """Multipliers, slacks and violations with μt = sν = τ nearest to what is known: rows g, old multipliers.
+
+    μ and t solve μt = τ, μ - t = mus + g. From a cold start (mus = 0) that keeps feasible rows where they are; from
+    an old solution it keeps the active set, yet at a distance √τ from the corner, whence Newton steps are long.
+    """
+    difference = mus + g
+    root = jnp.sqrt(difference**2 + 4.0 * tau)
+    # Whichever of the two is small is computed from the product: the difference would cancel.
+    large = 0.5 * (jnp.abs(difference) + root)
+    mus = jnp.where(difference > 0, large, tau / large)
+    violated = jnp.maximum(g, 0.0)
+    ceiling = rules.linear + rules.quadratic * violated
+    margin = tau / jnp.maximum(violated, jnp.sqrt(tau))
+    capped = jnp.minimum(mus, jnp.maximum(ceiling - margin, 0.5 * ceiling))
+    mus = jnp.where(rules.hard | (rules.linear == 0), mus, capped)
+    t = tau / mus
+    rest = rules.linear - mus
+    root = jnp.sqrt(rest**2 + 4.0 * rules.quadratic * tau)
+    s = jnp.where(rest > 0, 2.0 * tau / (rest + root), (root - rest) / (2.0 * jnp.maximum(rules.quadratic, 1e-300)))
+    s = jnp.where(rules.linear > 0, s, mus / jnp.maximum(rules.quadratic, 1e-300))
+    exist = rules.exist
+    return jnp.where(exist, mus, 0.0), jnp.where(exist, t, 1.0), jnp.where(rules.hard, 0.0, s)
+
+
+def row_curvature(rules: Rules, point: Interior) -> Float[Array, " m"]:
+    """D of the condensed Hessian H + GᵀDG: dμ = D (G dz) along the linearised complementarity."""
+    nu = _multiplier_of_violation(rules, point.violations, point.mus)
+    compliance, _ = _compliance(rules, point.violations, nu)
+    return jnp.where(rules.exist, point.mus / (point.slacks + point.mus * compliance), 0.0)
+
+
+def complementarity(rules: Rules, point: Interior) -> Float[Array, ""]:
+    """Mean of the products μt and sν."""
+    nu = _multiplier_of_violation(rules, point.violations, point.mus)
+    with_nu = ~rules.hard & (rules.linear > 0)
+    products = jnp.where(rules.exist, point.mus * point.slacks, 0.0) + jnp.where(with_nu, point.violations * nu, 0.0)
+    return jnp.sum(products) / jnp.maximum(jnp.sum(rules.exist) + jnp.sum(with_nu), 1)
+
+
+def pack(rows: Rows) -> Float[Array, " m"]:
+    """Rows as one vector: lower bounds, upper bounds, path, terminal."""
+    return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(rows)])
+
+
+def unpack(flat: Array, like: Rows) -> Rows:
+    """The inverse of `pack`."""
+    leaves, structure = jax.tree.flatten(like)
+    ends = [sum(leaf.size for leaf in leaves[: i + 1]) for i in range(len(leaves))]
+    parts = [flat[end - leaf.size : end].reshape(leaf.shape) for leaf, end in zip(leaves, ends, strict=True)]
+    return jax.tree.unflatten(structure, parts)
+
+
+def _multiplier_of_violation(rules: Rules, s: Array, mus: Array) -> Array:
+    """ν of s ≥ 0, by stationarity in s: linear + quadratic·s - μ."""
+    return jnp.where(rules.hard | (rules.linear == 0), 0.0, rules.linear + rules.quadratic * s - mus)
+
+
+def _compliance(rules: Rules, s: Array, nu: Array) -> tuple[Array, Array]:
+    """ds/dμ of a soft row, and 1/(ν + quadratic·s), both 0 for a hard row (the second also without a linear part)."""
+    curvature = nu + rules.quadratic * s
+    slope = jnp.where(rules.hard | (rules.linear == 0), 0.0, 1.0 / jnp.where(curvature > 0, curvature, 1.0))
+    only_quadratic = ~rules.hard & (rules.linear == 0)
+    return jnp.where(only_quadratic, 1.0 / jnp.where(only_quadratic, rules.quadratic, 1.0), s * slope), slope
+
+
+def _longest_step(rules: Rules, point: Interior, step: Interior) -> Array:
+    """Largest α ≤ 1/0.995 that keeps μ, t, s, ν ≥ 0."""
+
+    def limit(value, change, relevant):
+        ratio = jnp.where(relevant & (change < 0), -value / jnp.where(change < 0, change, -1.0), jnp.inf)
+        return jnp.min(ratio, initial=1.0 / _TO_BOUNDARY)
+
+    with_nu = ~rules.hard & (rules.linear > 0)
+    nu = _multiplier_of_violation(rules, point.violations, point.mus)
+    nu_step = rules.quadratic * step.violations - step.mus
+    return jnp.minimum(
+        jnp.minimum(limit(point.mus, step.mus, rules.exist), limit(point.slacks, step.slacks, rules.exist)),
+        jnp.minimum(limit(point.violations, step.violations, with_nu), limit(nu, nu_step, with_nu)),
+    )
+
+
+def _move(point: Interior, step: Interior, alpha: Array) -> Interior:
+    return jax.tree.map(lambda value, change: value + alpha * change, point, step)
