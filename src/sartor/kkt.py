@@ -6,11 +6,12 @@ One residual r(z, θ), z = (us, xs, λ, μ, t), decides convergence, is what sen
 tests check.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from sartor.problem import Problem, Theta, penalties, total_cost
 from sartor.solution import Rows
@@ -61,10 +62,19 @@ class Jacobian(NamedTuple):
     terminal: Float[Array, "nhN nx"]
 
 
-class Expansion(NamedTuple):
-    """Everything a Newton-type step needs at a point: (D3), the rows and their derivatives, and the cost J there."""
+class Hessian(NamedTuple):
+    """Blocks of a stage Hessian [Q Sᵀ; S R]."""
 
-    lq: LQ
+    Q: Float[Array, "N+1 nx nx"]
+    R: Float[Array, "N nu nu"]
+    S: Float[Array, "N nu nx"]
+
+
+class Expansion(NamedTuple):
+    """Everything a Newton-type step needs at a point."""
+
+    lq: LQ  # with the Hessian of the cost alone (Gauss-Newton)
+    bending: Hessian | None  # what dynamics and constraints add to it: Σ λ∇²f + μ∇²h
     x0_gap: Array  # (nx,), x̂ - x_0
     rows: Rows
     jacobian: Jacobian
@@ -141,9 +151,9 @@ def kkt_norm(r: Residual) -> Float[Array, ""]:
 def expand(problem: Problem, theta: Theta, x0: Array, point: Point, exact: bool) -> Expansion:
     """Linear-quadratic expansion of (D1) at `point`, in deviations from its trajectory.
 
-    Q, R, S are the Hessian of the Lagrangian (D2) (`exact`), or of the cost alone (Gauss-Newton: the second
-    derivatives of dynamics and constraints are dropped). q, r are gradients of the cost alone, so multipliers of the
-    expansion are those of (D1) itself, not increments.
+    q, r are gradients of the cost alone, so multipliers of the expansion are those of (D1) itself, not increments.
+    The second derivatives of dynamics and constraints are computed if `exact`, and are kept apart from those of the
+    cost: see `with_bending`.
     """
     nx, num_stages = point.xs.shape[1], problem.horizon
 
@@ -153,43 +163,38 @@ def expand(problem: Problem, theta: Theta, x0: Array, point: Point, exact: bool)
 
         def first_order(w):
             cost, gradient = jax.value_and_grad(lambda w: problem.stage_cost(w[:nx], w[nx:], k, theta))(w)
-            if exact:
-                (x_next, h), pullback = jax.vjp(equations, w)
-                curved = gradient + pullback((lam, mu))[0]
-            else:
-                (x_next, h), curved = equations(w), gradient
-            return (x_next, h, curved), (x_next, h, gradient, cost)
+            values, dual = _with_dual(equations, w, (lam, mu), exact)
+            return (*values, gradient, dual), (*values, gradient, cost)
 
         return jax.jacfwd(first_order, has_aux=True)(jnp.concatenate([x, u]))
 
-    (F, G, H), (x_next, h, gradient, costs) = jax.vmap(stage)(
-        point.xs[:-1], point.us, jnp.arange(num_stages), point.lams[1:], point.mus.path
-    )
-
     def final(x):
         cost, gradient = jax.value_and_grad(problem.terminal_cost)(x, theta)
-        if exact:
-            h, pullback = jax.vjp(lambda x: problem.terminal_rows(x, theta), x)
-            curved = gradient + pullback(point.mus.terminal)[0]
-        else:
-            h, curved = problem.terminal_rows(x, theta), gradient
-        return (h, curved), (h, gradient, cost)
+        h, dual = _with_dual(lambda x: problem.terminal_rows(x, theta), x, point.mus.terminal, exact)
+        return (h, gradient, dual), (h, gradient, cost)
 
-    (GN, HN), (hN, gradientN, costN) = jax.jacfwd(final, has_aux=True)(point.xs[-1])
-    lq = LQ(
-        A=F[:, :, :nx],
-        B=F[:, :, nx:],
-        c=x_next - point.xs[1:],
-        Q=jnp.concatenate([H[:, :nx, :nx], HN[None]]),
-        R=H[:, nx:, nx:],
-        S=H[:, nx:, :nx],
-        q=jnp.concatenate([gradient[:, :nx], gradientN[None]]),
-        r=gradient[:, nx:],
+    (F, G, H, bend), (x_next, h, gradient, costs) = jax.vmap(stage)(
+        point.xs[:-1], point.us, jnp.arange(num_stages), point.lams[1:], point.mus.path
     )
+    (GN, HN, bendN), (hN, gradientN, costN) = jax.jacfwd(final, has_aux=True)(point.xs[-1])
+    q, r = jnp.concatenate([gradient[:, :nx], gradientN[None]]), gradient[:, nx:]
+    lq = LQ(F[:, :, :nx], F[:, :, nx:], x_next - point.xs[1:], **_blocks(H, HN, nx)._asdict(), q=q, r=r)
     bounds = _finite(problem.u_min - point.us), _finite(point.us - problem.u_max)
-    all_rows = Rows(*bounds, path=h, terminal=hN)
-    jacobian = Jacobian(G[:, :, :nx], G[:, :, nx:], GN)
-    return Expansion(lq, x0 - point.xs[0], all_rows, jacobian, jnp.sum(costs) + costN)
+    return Expansion(
+        lq,
+        _blocks(bend, bendN, nx) if exact else None,
+        x0 - point.xs[0],
+        Rows(*bounds, path=h, terminal=hN),
+        Jacobian(G[:, :, :nx], G[:, :, nx:], GN),
+        jnp.sum(costs) + costN,
+    )
+
+
+def with_bending(expansion: Expansion) -> LQ:
+    """The LQ problem with the exact Hessian of the Lagrangian (D2)."""
+    lq, bending = expansion.lq, expansion.bending
+    assert bending is not None
+    return lq._replace(Q=lq.Q + bending.Q, R=lq.R + bending.R, S=lq.S + bending.S)
 
 
 def rows_tangent(jacobian: Jacobian, us: Array, xs: Array) -> Rows:
@@ -243,6 +248,18 @@ def _row_residuals(problem: Problem, h: Rows, point: Point, tau: Array | float) 
     rows = jax.tree.map(feasibility, h, point.mus, point.slacks, *soft_terms(problem, h), exist)
     products = jax.tree.map(lambda mu, t, on: jnp.where(on, mu * t - tau, mu), point.mus, point.slacks, exist)
     return rows, products
+
+
+def _with_dual(equations: Callable, w: Array, duals: PyTree, exact: bool) -> tuple[PyTree, Array]:
+    """Values of the equations, and their Jacobian's transpose times `duals` (zero unless `exact`)."""
+    if not exact:
+        return equations(w), jnp.zeros_like(w)
+    values, pullback = jax.vjp(equations, w)
+    return values, pullback(duals)[0]
+
+
+def _blocks(H: Array, HN: Array, nx: int) -> Hessian:
+    return Hessian(Q=jnp.concatenate([H[:, :nx, :nx], HN[None]]), R=H[:, nx:, nx:], S=H[:, nx:, :nx])
 
 
 def _finite(row: Array) -> Array:

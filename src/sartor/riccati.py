@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float
 
 from sartor.kkt import LQ
@@ -124,13 +125,15 @@ def lqr(lq: LQ, x0: Float[Array, " nx"], parallel: bool = False) -> Trajectory:
     """
     check_lq(lq, x0)
     factors = factor(jax.lax.stop_gradient(lq), parallel)
-    rhs = Trajectory(us=-lq.r, xs=-lq.q, lams=-jnp.concatenate([x0[None], lq.c]))
+    # One vector, since the transpose rule of JAX's linear solve wants every leaf of the right-hand side perturbed.
+    rhs, unravel = ravel_pytree(Trajectory(us=-lq.r, xs=-lq.q, lams=-jnp.concatenate([x0[None], lq.c])))
 
     def solve(_, b):
-        z = solve_kkt(factors, b, parallel)
-        return jax.tree.map(lambda leaf: jnp.where(factors.regular, leaf, jnp.nan), z)
+        z, _ = ravel_pytree(solve_kkt(factors, unravel(b), parallel))
+        return jnp.where(factors.regular, z, jnp.nan)
 
-    return jax.lax.custom_linear_solve(lambda z: apply_kkt(lq, z), rhs, solve, symmetric=True)
+    matrix = lambda z: ravel_pytree(apply_kkt(lq, unravel(z)))[0]
+    return unravel(jax.lax.custom_linear_solve(matrix, rhs, solve, symmetric=True))
 
 
 def check_lq(lq: LQ, x0: Array) -> None:

@@ -21,6 +21,10 @@ class AbstractSolver(eqx.Module):
     """Largest number of steps."""
 
     @abc.abstractmethod
+    def check(self, problem: Problem) -> None:
+        """Raise `ValueError` if the solver cannot take this problem."""
+
+    @abc.abstractmethod
     def init(self, problem: Problem, theta: Theta, x0: Array, guess: Solution, unroll: bool) -> Any:
         """State before the first step."""
 

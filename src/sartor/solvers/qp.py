@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sartor.kkt import Expansion, add_row_curvature, rows_cotangent, rows_tangent
+from sartor.kkt import Expansion, add_row_curvature, rows_cotangent, rows_tangent, with_bending
 from sartor.riccati import backsolve, factor
 from sartor.solution import Rows
 from sartor.solvers.base import loop
@@ -49,6 +49,8 @@ class QPState(NamedTuple):
     """The carry of the interior-point iteration."""
 
     point: Interior
+    fallback: Bool[Array, ""]
+    """Whether the exact Hessian was found indefinite, and that of the cost is in use."""
     infeasibility: Float[Array, ""]
     """What is left of the initial residual of the linear equations, as a fraction."""
     regular: Bool[Array, ""]
@@ -57,65 +59,68 @@ class QPState(NamedTuple):
 
 
 def solve_qp(
-    expansion: Expansion,
-    rules: Rules,
-    start: Interior,
-    tau: Array,
-    max_steps: int,
-    unroll: bool,
+    expansion: Expansion, rules: Rules, start: Interior, tau: Array, delta: Array, max_steps: int, unroll: bool
 ) -> QPState:
     """Solve (D5) from an interior point; `expansion.lq` gives H, `expansion.rows` g and `expansion.jacobian` G.
+
+    With `expansion.bending` H is the exact Hessian. Once that turns out indefinite on the feasible directions, the
+    iteration starts anew with the Hessian of the cost.
 
     Args:
         expansion: The problem, in deviations from a trajectory.
         rules: Kinds of the rows.
         start: Starting point with mus, slacks > 0; it need not satisfy any equation.
         tau: Complementarity μt = sν = τ to be reached.
+        delta: Multiple of the identity to be added to H; where it is positive, H is that of the cost.
         max_steps: Limit of interior-point steps.
         unroll: Take exactly `max_steps` steps, in a loop that reverse mode can differentiate.
 
-    Fails: never raises; `regular` is False where the reduced Hessian was not positive definite.
+    Fails: never raises; `regular` is False where no Hessian was positive definite on the feasible directions.
     """
-    g = pack(expansion.rows)
+    lq, g = expansion.lq, pack(expansion.rows)
+    regularised = lq._replace(Q=lq.Q + delta * _eye(lq.q), R=lq.R + delta * _eye(lq.r))
+    exact = regularised if expansion.bending is None else with_bending(expansion)
 
     def step(state: QPState) -> QPState:
         point = state.point
-        mus, t, s = point.mus, point.slacks, point.violations
-        nu = _multiplier_of_violation(rules, s, mus)
-        compliance, slope = _compliance(rules, s, nu)
-        denominator = t + mus * compliance
+        H = jax.tree.map(lambda cost, bent: jnp.where(state.fallback, cost, bent), regularised, exact)
         D = row_curvature(rules, point)
-        factors = factor(add_row_curvature(expansion.lq, expansion.jacobian, unpack(D, expansion.rows)))
+        factors = factor(add_row_curvature(H, expansion.jacobian, unpack(D, expansion.rows)))
 
-        def direction(target, mus_t_correction, s_nu_correction):
-            offset = (target + s * nu - s_nu_correction - s * rules.linear) * slope
-            e = jnp.where(rules.exist, (target + mus * t - mus_t_correction - mus * offset) / denominator, 0.0)
+        def direction(target, correction_t, correction_s):
+            e, offset, compliance = _row_offsets(rules, point, target, correction_t, correction_s)
             drive_us, drive_xs = rows_cotangent(expansion.jacobian, unpack(D * g + e, expansion.rows))
-            lq = expansion.lq
             z = backsolve(factors, lq.q + drive_xs, lq.r + drive_us, lq.c, expansion.x0_gap)
             rows = g + pack(rows_tangent(expansion.jacobian, z.us, z.xs))
-            new_mus = D * rows + e
-            new_s = jnp.where(rules.hard, 0.0, offset + compliance * new_mus)
-            new = Interior(z.us, z.xs, z.lams, new_mus, jnp.where(rules.exist, new_s - rows, t), new_s)
+            mus = D * rows + e
+            s = jnp.where(rules.hard, 0.0, offset + compliance * mus)
+            new = Interior(z.us, z.xs, z.lams, mus, jnp.where(rules.exist, s - rows, point.slacks), s)
             return jax.tree.map(jnp.subtract, new, point)
 
-        gap = complementarity(rules, point)
-        predictor = direction(0.0, 0.0, 0.0)
-        alpha = _longest_step(rules, point, predictor)
-        ahead = complementarity(rules, _move(point, predictor, alpha))
-        target = jnp.maximum(gap * (ahead / jnp.maximum(gap, 1e-300)) ** 3, tau)
-        nu_step = rules.quadratic * predictor.violations - predictor.mus
-        full = direction(target, predictor.mus * predictor.slacks, predictor.violations * nu_step)
-        alpha = jnp.minimum(1.0, _TO_BOUNDARY * _longest_step(rules, point, full))
-        moved = _move(point, full, alpha)
-        regular = factors.regular & jnp.all(jnp.isfinite(moved.us))
-        infeasibility = state.infeasibility * (1.0 - alpha)
-        done = (complementarity(rules, moved) <= 3.0 * tau) & (infeasibility <= 1e-6)
-        return QPState(moved, infeasibility, regular, done | ~regular, state.num_steps + 1)
+        def predict_and_correct(previous, _):
+            change = direction(*previous[1:])
+            alpha = jnp.minimum(1.0, _TO_BOUNDARY * _longest_step(rules, point, change))
+            gap, ahead = complementarity(rules, point), complementarity(rules, _move(point, change, alpha))
+            target = jnp.maximum(gap * (ahead / jnp.maximum(gap, 1e-300)) ** 3, tau)
+            nu_change = rules.quadratic * change.violations - change.mus
+            return (change, target, change.mus * change.slacks, change.violations * nu_change), alpha
 
-    one = jnp.ones((), g.dtype)
-    yes, no = jnp.asarray(True), jnp.asarray(False)
-    return loop(step, lambda state: ~state.done, QPState(start, one, yes, no, jnp.asarray(0)), max_steps, unroll)
+        none = jnp.zeros_like(g)
+        # One loop of two rounds, rather than the same code twice: it halves what has to be compiled.
+        (change, *_), alphas = jax.lax.scan(predict_and_correct, (point, tau * 0.0, none, none), length=2)
+        moved = _move(point, change, alphas[1])
+        regular = factors.regular & jnp.all(jnp.isfinite(moved.us))
+        restart = ~regular & ~state.fallback
+        infeasibility = jnp.where(restart, 1.0, state.infeasibility * (1.0 - alphas[1]))
+        done = (complementarity(rules, moved) <= 3.0 * tau) & (infeasibility <= 1e-6)
+        moved = jax.tree.map(lambda begin, now: jnp.where(restart, begin, now), start, moved)
+        return QPState(
+            moved, state.fallback | restart, infeasibility, regular | restart, done & regular, state.num_steps + 1
+        )
+
+    always = (delta > 0) | jnp.asarray(expansion.bending is None)
+    begin = QPState(start, always, jnp.ones_like(tau), jnp.asarray(True), jnp.asarray(False), jnp.asarray(0))
+    return loop(step, lambda state: ~state.done & state.regular, begin, max_steps, unroll)
 
 
 def center(rules: Rules, g: Array, mus: Array, tau: Array) -> tuple[Array, Array, Array]:
@@ -184,6 +189,18 @@ def _compliance(rules: Rules, s: Array, nu: Array) -> tuple[Array, Array]:
     return jnp.where(only_quadratic, 1.0 / jnp.where(only_quadratic, rules.quadratic, 1.0), s * slope), slope
 
 
+def _row_offsets(
+    rules: Rules, point: Interior, target: Array, correction_t: Array, correction_s: Array
+) -> tuple[Array, Array, Array]:
+    """e, a, b of the linearised complementarity: new μ = D (g + Gz) + e and new s = a + b μ."""
+    mus, t, s = point.mus, point.slacks, point.violations
+    nu = _multiplier_of_violation(rules, s, mus)
+    compliance, slope = _compliance(rules, s, nu)
+    offset = (target + s * nu - correction_s - s * rules.linear) * slope
+    e = (target + mus * t - correction_t - mus * offset) / (t + mus * compliance)
+    return jnp.where(rules.exist, e, 0.0), offset, compliance
+
+
 def _longest_step(rules: Rules, point: Interior, step: Interior) -> Array:
     """Largest α ≤ 1/0.995 that keeps μ, t, s, ν ≥ 0."""
 
@@ -202,3 +219,7 @@ def _longest_step(rules: Rules, point: Interior, step: Interior) -> Array:
 
 def _move(point: Interior, step: Interior, alpha: Array) -> Interior:
     return jax.tree.map(lambda value, change: value + alpha * change, point, step)
+
+
+def _eye(vectors: Array) -> Array:
+    return jnp.eye(vectors.shape[-1], dtype=vectors.dtype)

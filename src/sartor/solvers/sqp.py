@@ -22,10 +22,9 @@ from jaxtyping import Array, Bool, Float, Int
 from sartor import kkt
 from sartor.kkt import Expansion, Point
 from sartor.problem import Problem, Theta, penalty, total_cost
-from sartor.riccati import factor
 from sartor.solution import RESULTS, Rows, Solution, Stats
 from sartor.solvers.base import AbstractSolver
-from sartor.solvers.qp import Interior, Rules, center, pack, row_curvature, solve_qp, unpack
+from sartor.solvers.qp import Interior, Rules, center, pack, solve_qp, unpack
 
 _RHO_START, _RHO_END = 1e3, 1e9
 
@@ -75,6 +74,9 @@ class SQP(AbstractSolver):
         if not (self.tau >= 0 and self.tol > 0 and self.max_steps >= 1 and self.max_inner_steps >= 1):
             raise ValueError("SQP needs tau ≥ 0, tol > 0, max_steps ≥ 1 and max_inner_steps ≥ 1.")
 
+    def check(self, problem: Problem) -> None:
+        pass
+
     def init(self, problem: Problem, theta: Theta, x0: Array, guess: Solution, unroll: bool) -> SQPState:
         point = Point(guess.us, guess.xs, guess.lams, guess.mus, guess.slacks)
         zero, yes = jnp.zeros((), x0.dtype), jnp.asarray(True)
@@ -89,9 +91,8 @@ class SQP(AbstractSolver):
         finite = _all_finite(expansion)
         rules = _rules(problem, expansion.rows, state.rho)
         start = self._warm_start(expansion, norm, rules, state.point)
-        convex = self._convexified(problem, theta, expansion, rules, start, state)
         tau = jnp.clip(1e-2 * jnp.minimum(norm, norm**2), self._tau_end(x0), 1e-4)
-        qp = solve_qp(convex, rules, start, tau, self.max_inner_steps, unroll)
+        qp = solve_qp(expansion, rules, start, tau, state.delta, self.max_inner_steps, unroll)
         omega = jnp.maximum(jnp.abs(qp.point.lams), 0.5 * (state.omega + jnp.abs(qp.point.lams)))
         alpha = self._line_search(problem, theta, x0, expansion, rules, state.point, qp.point, omega)
         settled = ~finite | (norm <= self._tol(norm)) & ~unroll
@@ -100,12 +101,12 @@ class SQP(AbstractSolver):
         return SQPState(
             _move(problem, state.point, qp.point, alpha),
             norm,
-            delta=_next_delta(state.delta, alpha, convex),
+            delta=_next_delta(state.delta, alpha, expansion),
             rho=jnp.where(violated & (alpha > 0), jnp.minimum(10.0 * state.rho, _RHO_END), state.rho),
             omega=omega,
             stalled=jnp.where((alpha > 0) & (norm < 0.99 * state.kkt_norm), 0, state.stalled + 1),
             finite=finite,
-            solved=qp.done & qp.regular,
+            solved=qp.done,
             num_steps=state.num_steps + jnp.where(settled, 0, 1),
             num_inner_steps=state.num_inner_steps + jnp.where(settled, 0, qp.num_steps),
         )
@@ -137,18 +138,6 @@ class SQP(AbstractSolver):
         tau = jnp.clip(0.1 * norm**2, self._tau_end(norm), 1.0)
         mus, slacks, violations = center(rules, pack(expansion.rows), pack(point.mus), tau)
         return Interior(jnp.zeros_like(point.us), jnp.zeros_like(point.xs), point.lams, mus, slacks, violations)
-
-    def _convexified(
-        self, problem: Problem, theta: Theta, expansion: Expansion, rules: Rules, start: Interior, state: SQPState
-    ) -> Expansion:
-        """The expansion with a Hessian that is positive definite on the feasible directions, as far as is known."""
-        if self.curvature == "gauss_newton":
-            return _regularised(expansion, state.delta)
-        D = unpack(row_curvature(rules, start), expansion.rows)
-        definite = factor(kkt.add_row_curvature(expansion.lq, expansion.jacobian, D)).regular & (state.delta == 0)
-        blocks = _cost_hessian(problem, theta, state.point)
-        fallback = _regularised(expansion._replace(lq=expansion.lq._replace(**blocks)), state.delta)
-        return jax.tree.map(lambda exact, cost: jnp.where(definite, exact, cost), expansion, fallback)
 
     def _line_search(
         self,
@@ -221,20 +210,6 @@ def _rules(problem: Problem, rows: Rows, rho: Array) -> Rules:
         flat_exist, bound, linear=jnp.where(bound, 0.0, jnp.where(soft, linear, rho)),
         quadratic=jnp.where(soft & ~bound, quadratic, 0.0),
     )  # fmt: skip
-
-
-def _cost_hessian(problem: Problem, theta: Theta, point: Point) -> dict[str, Array]:
-    nx = point.xs.shape[1]
-    stage = jax.vmap(jax.hessian(lambda w, k: problem.stage_cost(w[:nx], w[nx:], k, theta)))
-    H = stage(jnp.concatenate([point.xs[:-1], point.us], axis=1), jnp.arange(problem.horizon))
-    HN = jax.hessian(problem.terminal_cost)(point.xs[-1], theta)
-    return {"Q": jnp.concatenate([H[:, :nx, :nx], HN[None]]), "R": H[:, nx:, nx:], "S": H[:, nx:, :nx]}
-
-
-def _regularised(expansion: Expansion, delta: Array) -> Expansion:
-    lq = expansion.lq
-    eye = lambda n: delta * jnp.eye(n, dtype=lq.q.dtype)
-    return expansion._replace(lq=lq._replace(Q=lq.Q + eye(lq.q.shape[1]), R=lq.R + eye(lq.r.shape[1])))
 
 
 def _all_finite(tree) -> Array:
