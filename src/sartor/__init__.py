@@ -14,4 +14,5 @@ from sartor.solution import guess as guess
 from sartor.solution import shift as shift
 from sartor.solve import solve as solve
 from sartor.solve import violations as violations
+from sartor.solvers.box_ddp import BoxDDP as BoxDDP
 from sartor.solvers.sqp import SQP as SQP

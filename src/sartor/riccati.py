@@ -57,7 +57,7 @@ def factor(lq: LQ, parallel: bool = False) -> Factors:
     Lambda = lq.R + BP @ lq.B
     nu = lq.B.shape[2]
     eye = jnp.broadcast_to(jnp.eye(nu, dtype=lq.B.dtype), Lambda.shape)
-    solved, pivots = jax.vmap(_eliminate)(Lambda, jnp.concatenate([lq.S + BP @ lq.A, eye], axis=2))
+    solved, pivots = jax.vmap(eliminate)(Lambda, jnp.concatenate([lq.S + BP @ lq.A, eye], axis=2))
     K, Lambda_inv = -solved[:, :, : lq.A.shape[1]], solved[:, :, lq.A.shape[1] :]
     # A pivot is what is left of a diagonal entry once the controls before it are chosen.
     floor = 8 * jnp.finfo(P.dtype).eps * jnp.abs(jnp.diagonal(Lambda, axis1=1, axis2=2))
@@ -172,7 +172,7 @@ def _schur_complement(M: Array, n: int) -> Array:
     return 0.5 * (M[:n, :n] + M[:n, :n].T)
 
 
-def _eliminate(M: Array, rhs: Array) -> tuple[Array, Array]:
+def eliminate(M: Array, rhs: Array) -> tuple[Array, Array]:
     """Solve M X = rhs for a symmetric positive definite M by Gauss-Jordan elimination, and give the pivots.
 
     Written as a few whole-row operations for each row, since M is small (nu × nu): in a batch this is several times

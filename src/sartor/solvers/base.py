@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from sartor.problem import Problem, Theta
@@ -61,3 +62,8 @@ def loop(
         return running(state) & (count < max_steps)
 
     return jax.lax.while_loop(keep_going, body, (state, 0))[0]
+
+
+def kkt_tolerance(tol: float, dtype: Any) -> float:
+    """The tolerance asked for, or what rounding leaves in float32."""
+    return max(tol, 2e3 * float(jnp.finfo(dtype).eps))

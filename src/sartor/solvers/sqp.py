@@ -23,7 +23,7 @@ from sartor import kkt
 from sartor.kkt import Expansion, Point
 from sartor.problem import Problem, Theta, penalty, total_cost
 from sartor.solution import RESULTS, Rows, Solution, Stats
-from sartor.solvers.base import AbstractSolver
+from sartor.solvers.base import AbstractSolver, kkt_tolerance
 from sartor.solvers.qp import Interior, Rules, center, pack, solve_qp, unpack
 
 _RHO_START, _RHO_END = 1e3, 1e9
@@ -95,7 +95,7 @@ class SQP(AbstractSolver):
         qp = solve_qp(expansion, rules, start, tau, state.delta, self.max_inner_steps, unroll)
         omega = jnp.maximum(jnp.abs(qp.point.lams), 0.5 * (state.omega + jnp.abs(qp.point.lams)))
         alpha = self._line_search(problem, theta, x0, expansion, rules, state.point, qp.point, omega)
-        settled = ~finite | (norm <= self._tol(norm)) & ~unroll
+        settled = ~finite | (norm <= kkt_tolerance(self.tol, norm.dtype)) & ~unroll
         alpha = jax.lax.stop_gradient(jnp.where(qp.regular & ~settled, alpha, 0.0))
         violated = jnp.max(qp.point.violations, initial=0.0) > 1e-9
         return SQPState(
@@ -112,11 +112,11 @@ class SQP(AbstractSolver):
         )
 
     def running(self, state: SQPState) -> Array:
-        return state.finite & (state.kkt_norm > self._tol(state.kkt_norm)) & (state.stalled < 30)
+        return state.finite & (state.kkt_norm > kkt_tolerance(self.tol, state.kkt_norm.dtype)) & (state.stalled < 30)
 
     def finish(self, problem: Problem, theta: Theta, x0: Array, state: SQPState) -> Solution:
         point = state.point
-        converged = state.kkt_norm <= self._tol(state.kkt_norm)
+        converged = state.kkt_norm <= kkt_tolerance(self.tol, state.kkt_norm.dtype)
         hard = ~jnp.isfinite(pack(kkt.soft_terms(problem, point.mus)[0]))
         violated = jnp.max(jnp.where(hard, pack(kkt.rows(problem, theta, point.xs, point.us)), 0.0)) > 1e-6
         result = RESULTS.where(converged, RESULTS.successful, RESULTS.not_converged)
@@ -129,9 +129,6 @@ class SQP(AbstractSolver):
 
     def _tau_end(self, like: Array) -> float:
         return max(self.tau, float(jnp.finfo(like.dtype).eps) ** 0.75)
-
-    def _tol(self, like: Array) -> float:
-        return max(self.tol, 2e3 * float(jnp.finfo(like.dtype).eps))
 
     def _warm_start(self, expansion: Expansion, norm: Array, rules: Rules, point: Point) -> Interior:
         """An interior point around the old multipliers, the closer to the boundary the smaller the residual."""

@@ -1,0 +1,1 @@
+"""What a dynamics model is made of."""

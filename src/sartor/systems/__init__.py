@@ -1,0 +1,44 @@
+"""Systems to try things on, one a module, all of the same shape (`System`)."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from jaxtyping import Array
+
+from sartor.problem import Problem
+from sartor.systems import cartpole, linear, pendulum, quadrotor
+
+
+class System(Protocol):
+    """What each module here offers; `dtype` is JAX's current precision unless it is given."""
+
+    DT: float
+    """Time step in [s]."""
+    STATES: tuple[str, ...]
+    """Names of the states, with units in brackets."""
+    CONTROLS: tuple[str, ...]
+    """Names of the controls, with units in brackets."""
+    problem: Callable[..., Problem]
+    """problem(horizon=..., ...) -> Problem."""
+    plant_step: Callable[..., Array]
+    """plant_step(x, u, k, theta) -> x_next, the true system: equal to the model of `problem`."""
+
+    def default_theta(self, dtype: Any = None) -> Any:
+        """The true parameters."""
+        ...
+
+    def goal(self, theta: Any) -> Array:
+        """State (nx,) at which the system should end."""
+        ...
+
+    def sample_x0(self, key: Array, dtype: Any = None) -> Array:
+        """A random initial state (nx,)."""
+        ...
+
+
+SYSTEMS: dict[str, System] = {
+    "pendulum": pendulum,
+    "cartpole": cartpole,
+    "quadrotor": quadrotor,
+    "linear": linear,
+}
