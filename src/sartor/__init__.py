@@ -1,9 +1,16 @@
 """sartor: a differentiable MPC whose solutions and derivatives are right, and models tailored to it."""
 
+from sartor.kkt import LQ as LQ
+from sartor.labels import Label as Label
+from sartor.labels import action_gradient as action_gradient
+from sartor.labels import action_sensitivity as action_sensitivity
+from sartor.labels import label as label
+from sartor.labels import regret_factor as regret_factor
 from sartor.problem import Problem as Problem
 from sartor.problem import Softening as Softening
 from sartor.problem import rollout as rollout
 from sartor.problem import total_cost as total_cost
+from sartor.riccati import lqr as lqr
 from sartor.sensitivity import error_sensitivity as error_sensitivity
 from sartor.sensitivity import regularity as regularity
 from sartor.solution import RESULTS as RESULTS

@@ -1,7 +1,7 @@
 """The optimal control problem that an MPC solves, and the two functions that only evaluate it.
 
-    min   Σ_{k<N} ℓ(x_k, u_k, k, θ) + ℓ_N(x_N, θ)
-    s.t.  x_0 = x̂,   x_{k+1} = f(x_k, u_k, k, θ),   u_min ≤ u_k ≤ u_max,   h(x_k, u_k, k, θ) ≤ 0,   h_N(x_N, θ) ≤ 0     (D1)
+min   Σ_{k<N} ℓ(x_k, u_k, k, θ) + ℓ_N(x_N, θ)
+s.t.  x_0 = x̂,   x_{k+1} = f(x_k, u_k, k, θ),   u_min ≤ u_k ≤ u_max,   h(x_k, u_k, k, θ) ≤ 0,   h_N(x_N, θ) ≤ 0     (D1)
 """
 
 from collections.abc import Callable
@@ -84,7 +84,9 @@ class Problem(eqx.Module):
         softening: Softening | None = None,
     ):
         if isinstance(horizon, bool) or not isinstance(horizon, int | np.integer) or horizon < 1:
-            raise ValueError(f"horizon must be an integer of at least 1 (the number of controls), not {horizon!r}.")
+            raise ValueError(
+                f"horizon must be an integer of at least 1 (the number of controls), not {horizon!r}."
+            )
         self.dynamics = dynamics
         self.stage_cost = stage_cost
         self.terminal_cost = terminal_cost
@@ -101,7 +103,9 @@ class Problem(eqx.Module):
                 raise ValueError(f"{name} must be a function, not {type(getattr(self, name)).__name__}.")
         for name in ("constraints", "terminal_constraints"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
-                raise ValueError(f"{name} must be a function or None, not {type(getattr(self, name)).__name__}.")
+                raise ValueError(
+                    f"{name} must be a function or None, not {type(getattr(self, name)).__name__}."
+                )
         if self.u_min.ndim != 1 or self.u_min.shape != self.u_max.shape or self.u_min.shape[0] == 0:
             raise ValueError(
                 f"u_min and u_max must both have shape (nu,) with nu ≥ 1, not {self.u_min.shape} and {self.u_max.shape}."
@@ -127,7 +131,9 @@ class Problem(eqx.Module):
         return self.terminal_constraints(x, theta)
 
 
-def rollout(problem: Problem, theta: Theta, x0: Float[Array, " nx"], us: Float[Array, "N nu"]) -> Float[Array, "N+1 nx"]:
+def rollout(
+    problem: Problem, theta: Theta, x0: Float[Array, " nx"], us: Float[Array, "N nu"]
+) -> Float[Array, "N+1 nx"]:
     """States x_0 = x0, x_{k+1} = f(x_k, u_k, k, θ) that the model predicts for the controls `us`.
 
     Returns: xs, shape (N+1, nx).
@@ -166,23 +172,29 @@ def penalty(rows: Array, linear: Array, quadratic: Array) -> Array:
     """linear·s + quadratic·s²/2 with s = max(h, 0); zero for hard rows (an infinite entry)."""
     soft = jnp.isfinite(linear) & jnp.isfinite(quadratic)
     s = jnp.maximum(rows, 0.0)
-    return jnp.where(soft, jnp.where(soft, linear, 0.0) * s + 0.5 * jnp.where(soft, quadratic, 0.0) * s**2, 0.0)
+    return jnp.where(
+        soft, jnp.where(soft, linear, 0.0) * s + 0.5 * jnp.where(soft, quadratic, 0.0) * s**2, 0.0
+    )
+
+
+def row_penalties(problem: Problem, nh: int, nh_terminal: int, dtype: Any) -> tuple[Array, Array]:
+    """Linear and quadratic penalty of every row of h and then of h_N, each (nh + nhN,); inf for hard rows."""
+    if problem.softening is None:
+        hard = jnp.full(nh + nh_terminal, jnp.inf, dtype)
+        return hard, hard
+    linear, quadratic = (
+        jnp.broadcast_to(value, (nh + nh_terminal,)).astype(dtype)
+        for value in (problem.softening.linear, problem.softening.quadratic)
+    )
+    hard = jnp.isinf(linear) | jnp.isinf(quadratic)
+    return jnp.where(hard, jnp.inf, linear), jnp.where(hard, jnp.inf, quadratic)
 
 
 def penalties(problem: Problem, nh: int, nh_terminal: int, dtype: Any) -> tuple[Array, Array]:
-    """Linear and quadratic penalty of every row over the horizon, each (N·nh + nhN,); inf for hard rows."""
-    num_rows = nh + nh_terminal
-    if problem.softening is None:
-        hard = jnp.full(problem.horizon * nh + nh_terminal, jnp.inf, dtype)
-        return hard, hard
-
-    def spread(value):
-        per_row = jnp.broadcast_to(value, (num_rows,)).astype(dtype)
-        return jnp.concatenate([jnp.tile(per_row[:nh], problem.horizon), per_row[nh:]])
-
-    linear, quadratic = spread(problem.softening.linear), spread(problem.softening.quadratic)
-    hard = jnp.isinf(linear) | jnp.isinf(quadratic)
-    return jnp.where(hard, jnp.inf, linear), jnp.where(hard, jnp.inf, quadratic)
+    """The same over the horizon, each (N·nh + nhN,)."""
+    spread = lambda value: jnp.concatenate([jnp.tile(value[:nh], problem.horizon), value[nh:]])
+    linear, quadratic = row_penalties(problem, nh, nh_terminal, dtype)
+    return spread(linear), spread(quadratic)
 
 
 def check_bounds(u_min: Array, u_max: Array) -> None:
@@ -207,6 +219,8 @@ def _concrete(value: Any) -> bool:
 
 def _floating(value: Any) -> Array:
     """As a floating-point array of JAX's current precision; abstract leaves (transformations rebuild modules) pass."""
-    if isinstance(value, jax.core.Tracer) or (hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.inexact)):
+    if isinstance(value, jax.core.Tracer) or (
+        hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.inexact)
+    ):
         return jnp.asarray(value)
     return jnp.asarray(value, dtype=jnp.result_type(float))

@@ -71,7 +71,9 @@ def linearise(problem: Problem, theta: Theta, sol: Solution, curvature: Curvatur
     point = Point(sol.us, sol.xs, sol.lams, sol.mus, sol.slacks)
     expansion = kkt.expand(problem, theta, sol.xs[0], point, curvature == "exact")
     lq, jacobian = kkt.with_bending(expansion) if curvature == "exact" else expansion.lq, expansion.jacobian
-    active, compliance, row_scale, given_scale, relaxation, strict = _active_rows(problem, expansion.rows, sol)
+    active, compliance, row_scale, given_scale, relaxation, strict = _active_rows(
+        problem, expansion.rows, sol
+    )
     small = float(jnp.finfo(sol.us.dtype).eps) ** 0.5
     hessian = jnp.maximum(jnp.max(jnp.abs(lq.Q)), jnp.max(jnp.abs(lq.R))) + small
     squares = Rows(
@@ -109,7 +111,6 @@ def solve_linearised(lin: Linearisation, rhs: Direction) -> Direction:
     Fails: NaN where `lin.regular` is False and `rhs` is not zero. A zero right-hand side gives zero, so that a failed
     sample whose cotangent is masked out does not spoil the gradient of a batch.
     """
-
 
     # One vector, since the transpose rule of JAX's linear solve wants every leaf of the right-hand side perturbed.
     flat, unravel = ravel_pytree(rhs)
@@ -157,7 +158,7 @@ def error_sensitivity(
     References: Węgrzynowski et al., Learning What Matters, eq. (4) and section III-A.
     """
     lin = linearise(problem, theta, sol, curvature)
-    refuse(problem, theta, sol, lin)
+    refuse(sol, lin)
     return -first_control_adjoint(lin).lams[:, 1:]
 
 
@@ -165,10 +166,14 @@ def first_control_adjoint(lin: Linearisation) -> Direction:
     """The columns of the inverse of (D7) that belong to u_0, stacked along a new first axis (nu, ...)."""
     nu = lin.lq.r.shape[1]
     zero = Direction(*jax.tree.map(jnp.zeros_like, (lin.lq.r, lin.lq.q, lin.lq.q, lin.compliance)))
-    return jax.vmap(lambda v: solve_linearised(lin, zero._replace(us=zero.us.at[0].set(v))))(jnp.eye(nu))
+    return jax.vmap(lambda v: solve_linearised(lin, zero._replace(us=zero.us.at[0].set(v))))(
+        jnp.eye(nu, dtype=zero.us.dtype)
+    )
 
 
-def trajectory_error(A: Float[Array, "N nx nx"], defect: Float[Array, "... N nx"]) -> Float[Array, "... N nx"]:
+def trajectory_error(
+    A: Float[Array, "N nx nx"], defect: Float[Array, "... N nx"]
+) -> Float[Array, "... N nx"]:
     """Sensitivity to an error ê of the predicted trajectory from that to a defect e of its dynamics.
 
     If the prediction seen at stage k is off by ê_k but the error does not propagate, then e_{k+1} = ê_{k+1} - A_k ê_k,
@@ -191,21 +196,24 @@ def action_hessian(problem: Problem, lin: Linearisation, sol: Solution) -> Float
 
 def regularity(problem: Problem, theta: Theta, sol: Solution, curvature: Curvature = "exact") -> RESULTS:
     """Whether the solution can be differentiated: its own status, or `singular` where the KKT matrix is."""
-    return _regularity(sol, linearise(problem, theta, sol, curvature))
+    return reason(sol, linearise(problem, theta, sol, curvature))
 
 
-def refuse(problem: Problem, theta: Theta, sol: Solution, lin: Linearisation) -> None:
+def refuse(sol: Solution, lin: Linearisation) -> None:
     """Raise, outside of transformations, where `lin` has no derivative to give."""
     if not isinstance(lin.regular, jax.core.Tracer) and not bool(lin.regular):
-        raise SolveError(f"No derivative at this solution. {RESULTS[_regularity(sol, lin)]}")
+        raise SolveError(f"No derivative at this solution. {RESULTS[reason(sol, lin)]}")
 
 
-def _regularity(sol: Solution, lin: Linearisation) -> RESULTS:
+def reason(sol: Solution, lin: Linearisation) -> RESULTS:
+    """The status of a derivative: that of the solve, or `singular`."""
     singular = RESULTS.where(lin.regular, RESULTS.successful, RESULTS.singular)
     return RESULTS.where(sol.successful, singular, sol.result)
 
 
-def _active_rows(problem: Problem, h: Rows, sol: Solution) -> tuple[Rows, Rows, Rows, Rows, Rows, Bool[Array, ""]]:
+def _active_rows(
+    problem: Problem, h: Rows, sol: Solution
+) -> tuple[Rows, Rows, Rows, Rows, Rows, Bool[Array, ""]]:
     """`active`, `compliance`, `row_scale`, `given_scale`, `relaxation` of a `Linearisation`; strict complementarity."""
     smooth = sol.tau > 0
     edge = 10.0 * float(jnp.finfo(sol.us.dtype).eps) ** 0.375
@@ -227,11 +235,20 @@ def _active_rows(problem: Problem, h: Rows, sol: Solution) -> tuple[Rows, Rows, 
         row_scale = jnp.where(given | (slope == 0), 0.0, 1.0 / jnp.where(slope == 0, 1.0, slope))
         given_scale = jnp.where(given, 1.0 / jnp.where(s == 0, 1.0, s), 0.0)
         decided = (jnp.maximum(mu, t) > edge) & (~with_nu | (jnp.maximum(s, nu) > edge))
-        return active, jnp.where(active, compliance, 0.0), row_scale, given_scale, ratio, decided | smooth | ~exist
+        return (
+            active,
+            jnp.where(active, compliance, 0.0),
+            row_scale,
+            given_scale,
+            ratio,
+            decided | smooth | ~exist,
+        )
 
     exist = jax.tree.map(lambda on, row: jnp.broadcast_to(on, row.shape), kkt.bounded(problem), h)
     columns = jax.tree.map(one, h, sol.mus, sol.slacks, *kkt.soft_terms(problem, h), exist)
-    per_field = [[getattr(columns, name)[i] for name in ("u_min", "u_max", "path", "terminal")] for i in range(6)]
+    per_field = [
+        [getattr(columns, name)[i] for name in ("u_min", "u_max", "path", "terminal")] for i in range(6)
+    ]
     *fields, decided = (Rows(*values) for values in per_field)
     strict = jnp.all(jnp.stack([jnp.all(leaf) for leaf in jax.tree.leaves(decided)]))
     return (*fields, strict)
@@ -262,7 +279,9 @@ def _independent_rows(lin: Linearisation) -> Bool[Array, ""]:
     if lin.active.path.size + lin.active.terminal.size == 0:
         return jnp.asarray(True)
     generic = lambda row: jnp.cos(1.7 * jnp.arange(1, row.size + 1, dtype=lin.lq.q.dtype)).reshape(row.shape)
-    b = Direction(*jax.tree.map(jnp.zeros_like, (lin.lq.r, lin.lq.q, lin.lq.q)), jax.tree.map(generic, lin.active))
+    b = Direction(
+        *jax.tree.map(jnp.zeros_like, (lin.lq.r, lin.lq.q, lin.lq.q)), jax.tree.map(generic, lin.active)
+    )
     rest = jax.tree.map(jnp.subtract, b, apply(lin, _refined_solve(lin, b)))
     worst = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf), initial=0.0) for leaf in jax.tree.leaves(rest)]))
     return worst < 1e-3
@@ -270,5 +289,7 @@ def _independent_rows(lin: Linearisation) -> Bool[Array, ""]:
 
 def _sanitised(sol: Solution) -> Solution:
     """Zeros for what is not finite in a failed solution: NaN times a zero cotangent would still be NaN."""
-    clean = lambda leaf: jnp.where(jnp.isfinite(leaf), leaf, 0.0) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
+    clean = lambda leaf: (
+        jnp.where(jnp.isfinite(leaf), leaf, 0.0) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
+    )
     return jax.tree.map(clean, sol)

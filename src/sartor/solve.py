@@ -1,5 +1,6 @@
 """`solve`: checks its input, runs a solver, attaches the derivative rule. The only loop over steps, the only raise."""
 
+import functools as ft
 from typing import Any, Literal
 
 import equinox as eqx
@@ -13,7 +14,7 @@ from sartor.kkt import Point
 from sartor.problem import Problem, Theta, check_bounds, penalties, rollout, total_cost
 from sartor.sensitivity import Curvature, linearise, solution_tangent
 from sartor.solution import RESULTS, Rows, Solution, SolveError
-from sartor.solvers.base import AbstractSolver, loop
+from sartor.solvers.base import AbstractSolver, loop, queue
 from sartor.solvers.sqp import SQP
 
 
@@ -79,7 +80,9 @@ def violations(problem: Problem, theta: Theta, sol: Solution) -> Rows:
 @eqx.filter_jit
 def _solve(problem, theta, x0, guess, solver, derivative, curvature) -> Solution:
     problem = eqx.tree_at(
-        lambda p: (p.u_min, p.u_max), problem, (problem.u_min.astype(x0.dtype), problem.u_max.astype(x0.dtype))
+        lambda p: (p.u_min, p.u_max),
+        problem,
+        (problem.u_min.astype(x0.dtype), problem.u_max.astype(x0.dtype)),
     )
     start = _start(problem, theta, x0, guess)
     if derivative == "unroll":
@@ -88,11 +91,37 @@ def _solve(problem, theta, x0, guess, solver, derivative, curvature) -> Solution
 
 
 def _iterate(problem, theta, x0, start, solver, unroll: bool) -> Solution:
-    state = solver.init(problem, theta, x0, start, unroll)
-    state = loop(
-        lambda state: solver.step(problem, theta, x0, state, unroll), solver.running, state, solver.max_steps, unroll
-    )
-    return solver.finish(problem, theta, x0, state)
+    arrays, rest = eqx.partition((problem, theta, x0, start), eqx.is_array)
+
+    def init(arrays):
+        problem, theta, x0, start = eqx.combine(arrays, rest)
+        return solver.init(problem, theta, x0, start, unroll)
+
+    def step(arrays, state):
+        problem, theta, x0, _ = eqx.combine(arrays, rest)
+        return solver.step(problem, theta, x0, state, unroll)
+
+    def finish(arrays, state):
+        problem, theta, x0, _ = eqx.combine(arrays, rest)
+        return solver.finish(problem, theta, x0, state)
+
+    def run(arrays):
+        state = loop(ft.partial(step, arrays), solver.running, init(arrays), solver.max_steps, unroll)
+        return finish(arrays, state)
+
+    if unroll:
+        return run(arrays)
+    run = jax.custom_batching.custom_vmap(run)
+
+    @run.def_vmap
+    def _(num_samples, batched, arrays):
+        axes = (jax.tree.map(lambda yes: 0 if yes else None, batched[0]),)
+        begin = jax.vmap(init, axes)(arrays)
+        state = queue(step, solver.running, arrays, axes, begin, num_samples, solver.max_steps)
+        sol = jax.vmap(finish, (*axes, 0))(arrays, state)
+        return sol, jax.tree.map(lambda _: True, sol)
+
+    return run(arrays)
 
 
 @eqx.filter_custom_jvp
@@ -108,7 +137,9 @@ def _implicit_jvp(primals, tangents, *, solver, curvature):
     lin = linearise(problem, theta, sol, curvature)
     point = Point(sol.us, sol.xs, sol.lams, sol.mus, sol.slacks)
     inputs, tangents = (problem, theta, x0), tangents[:3]
-    r = _tangent(lambda problem, theta, x0: kkt.residual(problem, theta, x0, point, sol.tau), inputs, tangents)
+    r = _tangent(
+        lambda problem, theta, x0: kkt.residual(problem, theta, x0, point, sol.tau), inputs, tangents
+    )
     z = solution_tangent(lin, r)
     cost = _tangent(
         lambda problem, theta, xs, us: total_cost(problem, theta, xs, us),
@@ -194,7 +225,9 @@ def _check_functions(problem: Problem, theta: Theta, x0: Array) -> None:
     like_state = f"shape {x0.shape} and dtype {x0.dtype}, those of x0"
     x_next = evaluate(problem.dynamics, x, u, k)
     if not _is(x_next, x0.shape, x0.dtype):
-        raise ValueError(f"dynamics(x, u, k, theta) must return an array of {like_state}, not {_describe(x_next)}.")
+        raise ValueError(
+            f"dynamics(x, u, k, theta) must return an array of {like_state}, not {_describe(x_next)}."
+        )
     for name, value in (
         ("stage_cost(x, u, k, theta)", evaluate(problem.stage_cost, x, u, k)),
         ("terminal_cost(x, theta)", evaluate(problem.terminal_cost, x)),
@@ -251,11 +284,15 @@ def _check_guess(problem: Problem, theta: Theta, x0: Array, guess: Solution) -> 
 
 
 def _explain(problem: Problem, theta: Theta, sol: Solution) -> str:
-    message = f"solve ended after {int(sol.stats.num_steps)} steps, KKT residual {float(sol.stats.kkt_norm):.1e}: "
+    message = (
+        f"solve ended after {int(sol.stats.num_steps)} steps, KKT residual {float(sol.stats.kkt_norm):.1e}: "
+    )
     message += RESULTS[sol.result]
     if bool(sol.result == RESULTS.infeasible):
         rows = violations(problem, theta, sol)
         worst = {name: np.argwhere(np.asarray(getattr(rows, name)) > 1e-6) for name in ("path", "terminal")}
-        found = [f"{name}[{', '.join(map(str, index))}]" for name, many in worst.items() for index in many[:5]]
+        found = [
+            f"{name}[{', '.join(map(str, index))}]" for name, many in worst.items() for index in many[:5]
+        ]
         message += " Violated rows: " + ", ".join(found) + "."
     return message

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from sartor.problem import Problem, Theta
 from sartor.solution import Solution
@@ -43,7 +43,11 @@ class AbstractSolver(eqx.Module):
 
 
 def loop(
-    step: Callable[[State], State], running: Callable[[State], Array], state: State, max_steps: int, unroll: bool
+    step: Callable[[State], State],
+    running: Callable[[State], Array],
+    state: State,
+    max_steps: int,
+    unroll: bool,
 ) -> State:
     """Repeat `step` while `running`, at most `max_steps` times.
 
@@ -62,6 +66,51 @@ def loop(
         return running(state) & (count < max_steps)
 
     return jax.lax.while_loop(keep_going, body, (state, 0))[0]
+
+
+def queue(
+    step: Callable,
+    running: Callable,
+    arrays: PyTree,
+    axes: PyTree,
+    state: State,
+    num_samples: int,
+    max_steps: int,
+) -> State:
+    """`loop` for a batch: steps go to the samples that still run, a group at a time, until none does.
+
+    A plain `vmap` of a loop lets every sample of the batch step as often as the slowest one. Here a step costs as much
+    as its group, so that the work is the sum of the steps that samples need. Every sample gets what it gets alone.
+    """
+    group = min(num_samples, _group_size())
+
+    def body(carry):
+        state, active, count = carry
+        chosen = jnp.argsort(~active)[:group]
+        pick = lambda leaf: leaf[chosen]
+        inputs = jax.tree.map(
+            lambda axis, leaf: leaf if axis is None else pick(leaf), axes[0], arrays, is_leaf=_is_none
+        )
+        old = jax.tree.map(pick, state)
+        new = jax.vmap(step, (*axes, 0))(inputs, old)
+        keep = lambda new, old: jnp.where(active[chosen].reshape((-1,) + (1,) * (old.ndim - 1)), new, old)
+        new = jax.tree.map(keep, new, old)
+        counted = count[chosen] + 1
+        goes_on = active[chosen] & jax.vmap(running)(new) & (counted < max_steps)
+        state = jax.tree.map(lambda all, some: all.at[chosen].set(some, unique_indices=True), state, new)
+        return state, active.at[chosen].set(goes_on), count.at[chosen].set(counted)
+
+    begin = (state, jax.vmap(running)(state), jnp.zeros(num_samples, int))
+    return jax.lax.while_loop(lambda carry: jnp.any(carry[1]), body, begin)[0]
+
+
+def _group_size() -> int:
+    """Samples that step together: as many as a processor's vectors and caches take, or all on an accelerator."""
+    return 16 if jax.default_backend() == "cpu" else 1 << 30
+
+
+def _is_none(value: Any) -> bool:
+    return value is None
 
 
 def kkt_tolerance(tol: float, dtype: Any) -> float:

@@ -24,7 +24,7 @@ from sartor.riccati import eliminate
 from sartor.solution import RESULTS, Rows, Solution, Stats
 from sartor.solvers.base import AbstractSolver, kkt_tolerance
 
-_NUM_STEP_LENGTHS = 10
+_STEP_LENGTHS = (1.0, 0.4, 0.15, 0.05, 0.01, 0.001)
 
 
 class Backward(NamedTuple):
@@ -81,7 +81,9 @@ class BoxDDP(AbstractSolver):
 
     def check(self, problem: Problem) -> None:
         if problem.constraints is not None or problem.terminal_constraints is not None:
-            raise ValueError("BoxDDP takes control bounds only; use SQP() for constraints and terminal_constraints.")
+            raise ValueError(
+                "BoxDDP takes control bounds only; use SQP() for constraints and terminal_constraints."
+            )
 
     def init(self, problem: Problem, theta: Theta, x0: Array, guess: Solution, unroll: bool) -> BoxDDPState:
         xs = rollout(problem, theta, x0, guess.us)
@@ -92,7 +94,9 @@ class BoxDDP(AbstractSolver):
             finite=jnp.all(jnp.isfinite(xs)), num_steps=jnp.asarray(0),
         )  # fmt: skip
 
-    def step(self, problem: Problem, theta: Theta, x0: Array, state: BoxDDPState, unroll: bool) -> BoxDDPState:
+    def step(
+        self, problem: Problem, theta: Theta, x0: Array, state: BoxDDPState, unroll: bool
+    ) -> BoxDDPState:
         duals = Point(state.us, state.xs, state.lams, state.duals.mus, state.duals.slacks)
         expansion = kkt.expand(problem, theta, x0, duals, self.curvature == "exact")
         backward = _backward(problem, expansion, state)
@@ -113,7 +117,9 @@ class BoxDDP(AbstractSolver):
         )  # fmt: skip
 
     def running(self, state: BoxDDPState) -> Array:
-        return state.finite & (state.kkt_norm > kkt_tolerance(self.tol, state.us.dtype)) & (state.stalled < 20)
+        return (
+            state.finite & (state.kkt_norm > kkt_tolerance(self.tol, state.us.dtype)) & (state.stalled < 20)
+        )
 
     def finish(self, problem: Problem, theta: Theta, x0: Array, state: BoxDDPState) -> Solution:
         converged = state.kkt_norm <= kkt_tolerance(self.tol, x0.dtype)
@@ -177,6 +183,10 @@ def box_qp(
         gradient = H_ @ v + g_
         return (v <= low_) & (gradient > 0) | (v >= high_) & (gradient < 0)
 
+    def optimal(v):
+        gradient = H_ @ v + g_
+        return jnp.all(clamped_at(v) | (jnp.abs(gradient) <= 1e-10 * (1.0 + jnp.abs(g_))))
+
     def newton(carry):
         v, _, count = carry
         clamped = clamped_at(v)
@@ -184,13 +194,15 @@ def box_qp(
         candidates = jnp.clip(v + lengths[:, None] * step, low_, high_)
         values = jax.vmap(objective)(candidates)
         new = candidates[jnp.argmin(values)]
-        improved = jnp.min(values) < objective(v) - 1e-14 * (1.0 + jnp.abs(objective(v)))
-        same = jnp.all(clamped == clamped_at(new)) & (jnp.argmin(values) == 0)
-        return jnp.where(improved, new, v), ~improved | same, count + 1
+        improved = jnp.min(values) < objective(v)
+        return jnp.where(improved, new, v), ~improved | optimal(new), count + 1
 
-    start = jnp.clip(jnp.zeros_like(g_), low_, high_)
-    running = lambda carry: ~carry[1] & (carry[2] < 20)
-    v, _, _ = jax.lax.while_loop(running, newton, (start, jnp.asarray(False), 0))
+    # Without active bounds, and with one control, the clipped Newton point is the minimiser: no loop.
+    start = jnp.clip(_free_solve(H_, -g_[:, None], jnp.zeros(g_.shape, bool))[0][:, 0], low_, high_)
+    start = jnp.where(jnp.isfinite(start), start, jnp.clip(0.0 * g_, low_, high_))
+    v, _, _ = jax.lax.while_loop(
+        lambda carry: ~carry[1] & (carry[2] < 20), newton, (start, optimal(start), 0)
+    )
     clamped = clamped_at(v)
     at_bound = jnp.where(clamped, jnp.where(v <= low_, low, high), 0.0)
     solved, definite = _free_solve(H, jnp.concatenate([-(g + H @ at_bound)[:, None], -G], axis=1), clamped)
@@ -207,7 +219,9 @@ def _free_solve(H: Array, rhs: Array, clamped: Array) -> tuple[Array, Array]:
     return jnp.where(free[:, None], solved, 0.0), jnp.all(pivots > floor)
 
 
-def _with_multipliers(problem: Problem, state: BoxDDPState, backward: Backward, expansion: Expansion) -> Point:
+def _with_multipliers(
+    problem: Problem, state: BoxDDPState, backward: Backward, expansion: Expansion
+) -> Point:
     """The iterate with costates from the adjoint recursion and bound multipliers from the gradient there."""
     gradient = backward.gradient
     at_low, at_high = state.us <= problem.u_min, state.us >= problem.u_max
@@ -225,7 +239,7 @@ def _line_search(
     problem: Problem, theta: Theta, state: BoxDDPState, backward: Backward, old_cost: Array
 ) -> tuple[Array, Array, Array, Array]:
     """Roll out with all step lengths at once, and take the cheapest that falls enough; α = 0 if there is none."""
-    lengths = (0.5 ** jnp.arange(_NUM_STEP_LENGTHS)).astype(old_cost.dtype)
+    lengths = jnp.asarray(_STEP_LENGTHS, old_cost.dtype)
 
     def forward(alpha):
         def advance(x, stage):

@@ -59,7 +59,13 @@ class QPState(NamedTuple):
 
 
 def solve_qp(
-    expansion: Expansion, rules: Rules, start: Interior, tau: Array, delta: Array, max_steps: int, unroll: bool
+    expansion: Expansion,
+    rules: Rules,
+    start: Interior,
+    tau: Array,
+    delta: Array,
+    max_steps: int,
+    unroll: bool,
 ) -> QPState:
     """Solve (D5) from an interior point; `expansion.lq` gives H, `expansion.rows` g and `expansion.jacobian` G.
 
@@ -115,7 +121,12 @@ def solve_qp(
         done = (complementarity(rules, moved) <= 3.0 * tau) & (infeasibility <= 1e-6)
         moved = jax.tree.map(lambda begin, now: jnp.where(restart, begin, now), start, moved)
         return QPState(
-            moved, state.fallback | restart, infeasibility, regular | restart, done & regular, state.num_steps + 1
+            moved,
+            state.fallback | restart,
+            infeasibility,
+            regular | restart,
+            done & regular,
+            state.num_steps + 1,
         )
 
     always = (delta > 0) | jnp.asarray(expansion.bending is None)
@@ -142,7 +153,9 @@ def center(rules: Rules, g: Array, mus: Array, tau: Array) -> tuple[Array, Array
     t = tau / mus
     rest = rules.linear - mus
     root = jnp.sqrt(rest**2 + 4.0 * rules.quadratic * tau)
-    s = jnp.where(rest > 0, 2.0 * tau / (rest + root), (root - rest) / (2.0 * jnp.maximum(rules.quadratic, 1e-300)))
+    s = jnp.where(
+        rest > 0, 2.0 * tau / (rest + root), (root - rest) / (2.0 * jnp.maximum(rules.quadratic, 1e-300))
+    )
     s = jnp.where(rules.linear > 0, s, mus / jnp.maximum(rules.quadratic, 1e-300))
     exist = rules.exist
     return jnp.where(exist, mus, 0.0), jnp.where(exist, t, 1.0), jnp.where(rules.hard, 0.0, s)
@@ -159,7 +172,9 @@ def complementarity(rules: Rules, point: Interior) -> Float[Array, ""]:
     """Mean of the products μt and sν."""
     nu = _multiplier_of_violation(rules, point.violations, point.mus)
     with_nu = ~rules.hard & (rules.linear > 0)
-    products = jnp.where(rules.exist, point.mus * point.slacks, 0.0) + jnp.where(with_nu, point.violations * nu, 0.0)
+    products = jnp.where(rules.exist, point.mus * point.slacks, 0.0) + jnp.where(
+        with_nu, point.violations * nu, 0.0
+    )
     return jnp.sum(products) / jnp.maximum(jnp.sum(rules.exist) + jnp.sum(with_nu), 1)
 
 

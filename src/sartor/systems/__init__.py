@@ -12,16 +12,30 @@ from sartor.systems import cartpole, linear, pendulum, quadrotor
 class System(Protocol):
     """What each module here offers; `dtype` is JAX's current precision unless it is given."""
 
-    DT: float
-    """Time step in [s]."""
-    STATES: tuple[str, ...]
-    """Names of the states, with units in brackets."""
-    CONTROLS: tuple[str, ...]
-    """Names of the controls, with units in brackets."""
-    problem: Callable[..., Problem]
-    """problem(horizon=..., ...) -> Problem."""
-    plant_step: Callable[..., Array]
-    """plant_step(x, u, k, theta) -> x_next, the true system: equal to the model of `problem`."""
+    @property
+    def DT(self) -> float:
+        """Time step in [s]."""
+        ...
+
+    @property
+    def STATES(self) -> tuple[str, ...]:
+        """Names of the states, with units in brackets."""
+        ...
+
+    @property
+    def CONTROLS(self) -> tuple[str, ...]:
+        """Names of the controls, with units in brackets."""
+        ...
+
+    @property
+    def problem(self) -> Callable[..., Problem]:
+        """problem(horizon=..., ...) -> Problem."""
+        ...
+
+    @property
+    def plant_step(self) -> Callable[..., Array]:
+        """plant_step(x, u, k, theta) -> x_next, the true system: equal to the model of `problem`."""
+        ...
 
     def default_theta(self, dtype: Any = None) -> Any:
         """The true parameters."""

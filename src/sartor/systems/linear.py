@@ -2,11 +2,12 @@
 
     x_{k+1} = A x_k + B u_k,   |u| ≤ 1,   ℓ = ½ |x|² + ½ 0.1 |u|²,   ℓ_N = ½ |x|²     (all without unit)
 
-A has independent normal entries of variance 1/nx, hence a spectral radius of about 1 (Girko's circular law); B
-those of variance 1. Every θ = (A, B) is a system of its own.
+A and B have independent normal entries, A scaled to a spectral radius of U(0.9, 1.1), B to a standard
+deviation of 0.1: half of the systems are unstable, and weak controls reach their bounds. Every θ = (A, B) is
+one system.
 
-Source: our choice, after the LQR problems of Amos et al., Differentiable MPC for End-to-end Planning and Control,
-2018, section 5.2: larger, and with unstable systems.
+Source: our choice, after the LQR problems of Amos et al., Differentiable MPC for End-to-end Planning and
+Control, 2018, section 5.2.
 """
 
 from typing import Any, NamedTuple
@@ -37,9 +38,11 @@ class Theta(NamedTuple):
 
 def sample(key: Array, dtype: Any = None, *, nx: int = NX, nu: int = NU) -> Theta:
     """Draw a system."""
-    key_a, key_b = jax.random.split(key)
-    A = jax.random.normal(key_a, (nx, nx), dtype)
-    return Theta(A / nx**0.5, jax.random.normal(key_b, (nx, nu), dtype))
+    key_a, key_b, key_radius = jax.random.split(key, 3)
+    A = jax.random.normal(key_a, (nx, nx), dtype) / nx**0.5
+    B = 0.1 * jax.random.normal(key_b, (nx, nu), dtype)
+    radius = jnp.linalg.norm(jnp.linalg.matrix_power(A, 64)) ** (1 / 64)  # Gelfand's formula
+    return Theta(A * jax.random.uniform(key_radius, (), dtype, 0.9, 1.1) / radius, B)
 
 
 def default_theta(dtype: Any = None) -> Theta:
@@ -82,6 +85,6 @@ def goal(theta: Theta) -> State:
     return jnp.zeros(theta.A.shape[0], theta.A.dtype)
 
 
-def sample_x0(key: Array, dtype: Any = None, *, nx: int = NX, scale: float = 3.0) -> State:
+def sample_x0(key: Array, dtype: Any = None, *, nx: int = NX, scale: float = 5.0) -> State:
     """Normal with standard deviation `scale`."""
     return scale * jax.random.normal(key, (nx,), dtype)

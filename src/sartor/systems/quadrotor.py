@@ -1,6 +1,6 @@
 """A quadrotor that flies to a goal, with a limit on its velocity.
 
-    x = [p (3) [m], roll, pitch, yaw (φ, ϑ, ψ) [rad], v (3) [m/s], w (3) [rad/s]],  p, v in world, w in body axes
+    x = [p (3) [m], roll, pitch, yaw (φ, ϑ, ψ) [rad], v (3) [m/s], w (3) [rad/s]];  w in body axes
     u = thrusts of the four rotors in [N], 0 ≤ u ≤ 5;   one RK4 step of dt of
     p' = v,   v' = z_B Σu/m - [0, 0, g],   z_B = [cφ sϑ cψ + sφ sψ, cφ sϑ sψ - sφ cψ, cφ cϑ]
     φ' = w_1 + sφ tanϑ w_2 + cφ tanϑ w_3,   ϑ' = cφ w_2 - sφ w_3,   ψ' = (sφ w_2 + cφ w_3)/cϑ
@@ -93,9 +93,10 @@ def final_velocity_rows(x: State, theta: Theta, v_max: float) -> Float[Array, "6
 def problem(
     horizon: int = 20, *, dt: float = DT, v_max: float | None = 1.0, softening: Softening | None = None
 ) -> Problem:
-    """The optimal control problem over `horizon` stages of `dt` [s], with |v_i| ≤ `v_max` [m/s] unless that is None.
+    """The optimal control problem over `horizon` stages of `dt` [s].
 
-    The limit is hard unless `softening` says otherwise; a closed loop with disturbances needs it soft.
+    |v_i| ≤ `v_max` [m/s]; None for no limit. The limit is hard unless `softening` says otherwise; a closed
+    loop with disturbances needs it soft.
     """
     limited = v_max is not None
     return Problem(

@@ -1,0 +1,161 @@
+"""The command line: `sartor run`, `sartor report`, `sartor list`."""
+
+import os
+import sys
+from dataclasses import dataclass, fields
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from sartor.experiments import closed_loop
+
+_EXPERIMENTS = {
+    "pendulum": "Swing-up of a pendulum with a weak motor, in closed loop.",
+    "cartpole": "Swing-up of a pole on a cart, in closed loop.",
+    "quadrotor": "Flight to a goal with bounded thrusts and velocity, in closed loop.",
+}
+
+
+def _closed_loop(system: Any) -> Any:
+    default = closed_loop.Config(system)
+    return tyro.conf.subcommand(system, default=default, description=_EXPERIMENTS[system])
+
+
+Experiment = (
+    Annotated[closed_loop.Config, _closed_loop("pendulum")]
+    | Annotated[closed_loop.Config, _closed_loop("cartpole")]
+    | Annotated[closed_loop.Config, _closed_loop("quadrotor")]
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Run an experiment; it writes its numbers and a figure into a folder."""
+
+    experiment: Experiment
+    """What to run."""
+    out: Path | None = None
+    """Folder for the results; `runs/<experiment>-<time>` unless given."""
+    resume: Path | None = None
+    """Folder of an interrupted run to be finished; its own config counts, the other options do not."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Show the table of a finished run, and draw its figure anew."""
+
+    folder: tyro.conf.Positional[Path]
+    """Folder of the run."""
+
+
+@dataclass(frozen=True)
+class List:
+    """List the experiments."""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of the `sartor` command."""
+    command = tyro.cli(
+        Run | Report | List,
+        prog="sartor",
+        description="A differentiable MPC whose solutions and derivatives are right.",
+        args=args,
+        config=(
+            tyro.conf.CascadeSubcommandArgs,
+            tyro.conf.OmitArgPrefixes,
+            tyro.conf.OmitSubcommandPrefixes,
+        ),
+    )
+    console = Console()
+    try:
+        if isinstance(command, Run):
+            _run(command, console)
+        elif isinstance(command, Report):
+            _report(command.folder, console)
+        else:
+            _list(console)
+    except ValueError as error:
+        console.print(f"[red]error:[/red] {error}", soft_wrap=True)
+        sys.exit(2)
+
+
+def _run(command: Run, console: Console) -> None:
+    config = command.experiment if command.resume is None else _stored(command.resume)
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    out = command.resume or command.out or Path("runs") / f"{config.system}-{stamp}"
+    _configure_jax()
+    try:
+        with _progress(console) as progress:
+            tasks = {}
+
+            def monitor(phase: str, done: int, total: int) -> None:
+                if phase not in tasks:
+                    tasks[phase] = progress.add_task(phase, total=total)
+                progress.update(tasks[phase], completed=done)
+
+            closed_loop.run(config, out, monitor)
+    except KeyboardInterrupt:
+        console.print(
+            f"Interrupted. Finish it with: sartor run {config.system} --resume {out}", soft_wrap=True
+        )
+        sys.exit(130)
+    _report(out, console)
+
+
+def _stored(folder: Path) -> closed_loop.Config:
+    from sartor.experiments.run_folder import read_json
+
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds no run: there is no config.json.")
+    known = {field.name for field in fields(closed_loop.Config)}
+    return closed_loop.Config(**{k: v for k, v in read_json(folder / "config.json").items() if k in known})
+
+
+def _configure_jax() -> None:
+    """float64, and compiled code kept from one run to the next in the user's cache folder."""
+    import jax
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sartor" / "jax"
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        SpinnerColumn(finished_text="✓"),
+        TextColumn("{task.description:<10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("elapsed"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _report(folder: Path, console: Console) -> None:
+    from sartor import report
+
+    console.print(report.table(folder))
+    console.print(f"figure: {report.figure(folder)}", soft_wrap=True)
+
+
+def _list(console: Console) -> None:
+    table = Table("experiment", "what it does", title="sartor run <experiment>", title_justify="left")
+    for name, text in _EXPERIMENTS.items():
+        table.add_row(name, text)
+    console.print(table)

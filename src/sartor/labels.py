@@ -1,0 +1,285 @@
+"""Labels: how much an error of the predicted state matters to the task, from the sensitivities of the MPC.
+
+    S_{k,i} = Σ_j |dJ/du_0[j]|_eff · du_0[j]/de_k[i]                                                                (D9)
+
+and, to second order and without a free parameter, the regret of an error e, with Λ = d²J/du_0²:
+
+    ΔJ ≈ ½ eᵀ (du_0/de)ᵀ Λ (du_0/de) e = ½ ‖Λ^{1/2} (du_0/de) e‖²                                                   (D10)
+
+References: Węgrzynowski et al., Learning What Matters: Task Tailored Dynamics Models through Differentiable MPC,
+equations (3) to (6).
+"""
+
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sartor.problem import Problem, Theta, penalty, row_penalties
+from sartor.sensitivity import (
+    Linearisation,
+    action_hessian,
+    first_control_adjoint,
+    linearise,
+    reason,
+    refuse,
+    trajectory_error,
+)
+from sartor.solution import RESULTS, Rows, Solution, guess
+from sartor.solve import solve
+from sartor.solvers.base import AbstractSolver
+
+Method = Literal["curvature", "resolve"]
+Together = Literal["one_by_one", "together"]
+
+
+class Label(eqx.Module):
+    """The label of one sample."""
+
+    S: Float[Array, "N nx"]
+    """Weight of an error of state i at stage k + 1, in cost units per unit of the state; NaN if refused."""
+    du0_de: Float[Array, "nu N nx"]
+    """Sensitivity of the first control to the errors."""
+    dJ_du0: Float[Array, " nu"]
+    """Effective sensitivity of the cost to the first control."""
+    result: RESULTS
+    """`successful`, or why there is no label."""
+
+
+def action_gradient(
+    problem: Problem,
+    theta: Theta,
+    x0: Float[Array, " nx"],
+    u0: Float[Array, " nu"],
+    *,
+    sol: Solution | None = None,
+    solver: AbstractSolver | None = None,
+) -> tuple[Float[Array, " nu"], RESULTS]:
+    """dJ/du_0 of the optimal cost when the first control is fixed to u_0 and all others are optimised.
+
+    Args:
+        problem: The problem; the bounds and the hard rows of stage 0 do not apply to the fixed control.
+        theta: Its parameters.
+        x0: Initial state.
+        u0: The first control.
+        sol: A solution to start from.
+        solver: The solver of the remaining stages.
+
+    Returns: the gradient, in cost units per unit of the control, and the status of the solve; NaN if that failed.
+    References: Węgrzynowski et al., section III-A, the slopes that eq. (6) averages.
+    """
+    x1 = problem.dynamics(x0, u0, jnp.asarray(0), theta)
+    lam, result = _tail_costate(problem, theta, x1, sol, solver)
+
+    k = jnp.asarray(0)
+
+    def first_stage(u):
+        h = problem.path_rows(x0, u, k, theta)
+        linear, quadratic = _split_penalties(problem, theta, x0, h)[0]
+        soft = jnp.sum(penalty(h, linear, quadratic))
+        return problem.stage_cost(x0, u, k, theta) + soft + problem.dynamics(x0, u, k, theta) @ lam
+
+    gradient = jax.grad(first_stage)(u0)
+    return jnp.where(result == RESULTS.successful, gradient, jnp.nan), result
+
+
+def action_sensitivity(
+    problem: Problem,
+    theta: Theta,
+    x0: Float[Array, " nx"],
+    sol: Solution,
+    *,
+    eps: Any = 0.1,
+    method: Method = "curvature",
+    perturb: Together = "one_by_one",
+    solver: AbstractSolver | None = None,
+) -> Float[Array, " nu"]:
+    """The effective |dJ/du_0| of a solution: the mean magnitude of the slopes at u_0 ± ε.
+
+    At a control that lies on a bound it is the multiplier of that bound. Elsewhere the slope at the solution is zero,
+    and that at a distance ε counts:
+
+        |dJ/du_0[j]|_eff = ½ Σ_± |∂J/∂u_0[j] (u_0 ± ε)|  =  |Λ_jj ε_j| + O(ε²)
+
+    Args:
+        problem: The problem.
+        theta: Its parameters.
+        x0: Initial state.
+        sol: Its solution.
+        eps: Size of the perturbation in units of the control, a scalar or one for each control.
+        method: "resolve" solves the problem with u_0 fixed on either side, as the paper does. "curvature" takes the
+            Riccati matrix Λ of stage 0 at the solution: no solve, the same up to O(ε²).
+        perturb: "one_by_one" moves each control by itself; "together" moves all by +ε, then all by -ε.
+        solver: For "resolve".
+
+    Returns: (nu,), cost units per unit of the control; NaN where a solve failed or no derivative exists.
+    Fails: raises `SolveError` outside of transformations where the solution has no derivative.
+    References: Węgrzynowski et al., eq. (6).
+    """
+    _check_options(problem, eps, method, perturb)
+    lin = linearise(problem, theta, sol)
+    refuse(sol, lin)
+    return _action_sensitivity(problem, theta, x0, sol, lin, eps, method, perturb, solver)[0]
+
+
+def label(
+    problem: Problem,
+    theta: Theta,
+    x0: Float[Array, " nx"],
+    *,
+    solver: AbstractSolver | None = None,
+    guess: Solution | None = None,
+    eps: Any = 0.1,
+    method: Method = "curvature",
+    perturb: Together = "one_by_one",
+    combine: Literal["signed", "absolute", "regret"] = "signed",
+    error: Literal["defect", "trajectory"] = "defect",
+) -> Label:
+    """Solve, and label the sample with the weight S of every predicted state's error (D9).
+
+    Args:
+        problem: The control problem.
+        theta: Its parameters, the model included.
+        x0: Measured state.
+        solver: Defaults to `SQP()`. Labels need a converged solution.
+        guess: Where the solve starts.
+        eps: See `action_sensitivity`.
+        method: See `action_sensitivity`.
+        perturb: See `action_sensitivity`.
+        combine: How controls are combined: "signed" |Σ_j g_j du_0[j]/de|, the literal eq. (5); "absolute"
+            Σ_j g_j |du_0[j]/de|; "regret" √diag((du_0/de)ᵀΛ(du_0/de)), the cost of an error to second order (D10).
+        error: "defect": x_{k+1} = f(x_k, u_k) + e_{k+1}, the error propagates. "trajectory": the prediction of stage k
+            alone is off by e_k.
+
+    Returns: the label, with a status; never raises for values.
+    References: Węgrzynowski et al., eqs. (4) to (6).
+    """
+    _check_options(problem, eps, method, perturb)
+    if combine not in ("signed", "absolute", "regret"):
+        raise ValueError(f"combine must be 'signed', 'absolute' or 'regret', not {combine!r}.")
+    if error not in ("defect", "trajectory"):
+        raise ValueError(f"error must be 'defect' or 'trajectory', not {error!r}.")
+    sol = solve(problem, theta, x0, solver=solver, guess=guess, throw=False)
+    lin = linearise(problem, theta, sol)
+    du0_de = -first_control_adjoint(lin).lams[:, 1:]
+    if error == "trajectory":
+        du0_de = trajectory_error(lin.lq.A, du0_de)
+    dJ_du0, resolved = _action_sensitivity(problem, theta, sol.xs[0], sol, lin, eps, method, perturb, solver)
+    if combine == "signed":
+        S = jnp.abs(jnp.einsum("j,jkx->kx", dJ_du0, du0_de))
+    elif combine == "absolute":
+        S = jnp.einsum("j,jkx->kx", dJ_du0, jnp.abs(du0_de))
+    else:
+        Lambda = action_hessian(problem, lin, sol)
+        S = jnp.sqrt(jnp.maximum(jnp.einsum("ikx,ij,jkx->kx", du0_de, Lambda, du0_de), 0.0))
+    status = reason(sol, lin)
+    result = RESULTS.where(status == RESULTS.successful, resolved, status)
+    return Label(jnp.where(result == RESULTS.successful, S, jnp.nan), du0_de, dJ_du0, result)
+
+
+def regret_factor(
+    problem: Problem, theta: Theta, sol: Solution, error: Literal["defect", "trajectory"] = "defect"
+) -> Float[Array, "nu N nx"]:
+    """Λ^{1/2} du_0/de: half of the square of its product with an error is the regret (D10) of that error.
+
+    Args:
+        problem: The problem.
+        theta: Its parameters.
+        sol: Its solution.
+        error: See `label`.
+
+    Returns: (nu, N, nx), in √cost per unit of the state.
+    Fails: as `error_sensitivity`.
+    """
+    lin = linearise(problem, theta, sol)
+    refuse(sol, lin)
+    du0_de = -first_control_adjoint(lin).lams[:, 1:]
+    if error == "trajectory":
+        du0_de = trajectory_error(lin.lq.A, du0_de)
+    values, vectors = jnp.linalg.eigh(action_hessian(problem, lin, sol))
+    root = (vectors * jnp.sqrt(jnp.maximum(values, 0.0))) @ vectors.T
+    return jnp.einsum("ij,jkx->ikx", root, du0_de)
+
+
+def _action_sensitivity(
+    problem: Problem, theta: Theta, x0: Array, sol: Solution, lin: Linearisation, eps: Any, method: Method,
+    perturb: Together, solver: AbstractSolver | None,
+) -> tuple[Array, RESULTS]:  # fmt: skip
+    eps = jnp.broadcast_to(jnp.asarray(eps, x0.dtype), (problem.nu,))
+    steps = jnp.diag(eps) if perturb == "one_by_one" else eps[None]
+    result = RESULTS.successful
+    if method == "curvature":
+        slopes = jnp.abs(action_hessian(problem, lin, sol) @ steps.T).T
+    else:
+        u0s = sol.us[0] + jnp.stack([steps, -steps])
+        resolve = lambda u0: action_gradient(problem, theta, x0, u0, sol=sol, solver=solver)
+        gradients, results = jax.vmap(jax.vmap(resolve))(u0s)
+        slopes = jnp.mean(jnp.abs(gradients), axis=0)
+        failed = jnp.any(results != RESULTS.successful)
+        result = RESULTS.where(failed, RESULTS.not_converged, result)
+    slope = jnp.diagonal(slopes) if perturb == "one_by_one" else slopes[0]
+    multiplier = sol.mus.u_min[0] + sol.mus.u_max[0]
+    at_bound = lin.active.u_min[0] | lin.active.u_max[0]
+    effective = jnp.where(at_bound & (sol.tau == 0), multiplier, slope)
+    return jnp.where(lin.regular, effective, jnp.nan), result
+
+
+def _tail_costate(
+    problem: Problem, theta: Theta, x1: Array, sol: Solution | None, solver: AbstractSolver | None
+) -> tuple[Array, RESULTS]:
+    """dJ/dx_1 of the remaining stages, by solving them."""
+    if problem.horizon == 1:
+        final = lambda x: problem.terminal_cost(x, theta) + _terminal_penalty(problem, theta, x)
+        return jax.grad(final)(x1), RESULTS.successful
+    start = None if sol is None else guess(sol.xs[1:], sol.us[1:])
+    if sol is not None and start is not None:
+        later = lambda rows: Rows(rows.u_min[1:], rows.u_max[1:], rows.path[1:], rows.terminal)
+        known = (sol.lams[1:], later(sol.mus), later(sol.slacks))
+        start = eqx.tree_at(lambda g: (g.lams, g.mus, g.slacks), start, known)
+    tail = solve(_tail(problem), theta, x1, solver=solver, guess=start, throw=False)
+    return tail.lams[0], tail.result
+
+
+def _tail(problem: Problem) -> Problem:
+    """The problem without its first stage."""
+    later = lambda fn: None if fn is None else _Later(fn)
+    return Problem(
+        dynamics=_Later(problem.dynamics), stage_cost=_Later(problem.stage_cost), terminal_cost=problem.terminal_cost,
+        horizon=problem.horizon - 1, u_min=problem.u_min, u_max=problem.u_max,
+        constraints=later(problem.constraints), terminal_constraints=problem.terminal_constraints,
+        softening=problem.softening,
+    )  # fmt: skip
+
+
+class _Later(eqx.Module):
+    """f(x, u, k + 1, θ). A module rather than a lambda: equal for equal functions, so that compiled code is reused."""
+
+    fn: Any = eqx.field(static=True)
+
+    def __call__(self, x, u, k, theta):
+        return self.fn(x, u, k + 1, theta)
+
+
+def _terminal_penalty(problem: Problem, theta: Theta, x: Array) -> Array:
+    h = problem.terminal_rows(x, theta)
+    path = jax.eval_shape(lambda: problem.path_rows(x, problem.u_min, jnp.asarray(0), theta))
+    linear, quadratic = _split_penalties(problem, theta, x, path)[1]
+    return jnp.sum(penalty(h, linear, quadratic))
+
+
+def _split_penalties(problem: Problem, theta: Theta, x: Array, path: Any) -> tuple[tuple, tuple]:
+    """(linear, quadratic) of the path rows, and of the terminal rows."""
+    nh, nh_terminal = path.shape[0], jax.eval_shape(lambda: problem.terminal_rows(x, theta)).shape[0]
+    both = row_penalties(problem, nh, nh_terminal, x.dtype)
+    return tuple(value[:nh] for value in both), tuple(value[nh:] for value in both)
+
+
+def _check_options(problem: Problem, eps: Any, method: str, perturb: str) -> None:
+    if method not in ("curvature", "resolve"):
+        raise ValueError(f"method must be 'curvature' or 'resolve', not {method!r}.")
+    if perturb not in ("one_by_one", "together"):
+        raise ValueError(f"perturb must be 'one_by_one' or 'together', not {perturb!r}.")
+    if jnp.shape(eps) not in ((), (problem.nu,)):
+        raise ValueError(f"eps must be a scalar or have shape ({problem.nu},), not {jnp.shape(eps)}.")
