@@ -96,6 +96,12 @@ def _run(command: Run, console: Console) -> None:
     config = command.experiment if command.resume is None else _stored(command.resume)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     out = command.resume or command.out or Path("runs") / f"{config.system}-{stamp}"
+    if command.resume is None or not (out / "metrics.json").exists():
+        _run_with_progress(config, out, console)
+    _report(out, console)
+
+
+def _run_with_progress(config: closed_loop.Config, out: Path, console: Console) -> None:
     _configure_jax()
     try:
         with _progress(console) as progress:
@@ -108,11 +114,8 @@ def _run(command: Run, console: Console) -> None:
 
             closed_loop.run(config, out, monitor)
     except KeyboardInterrupt:
-        console.print(
-            f"Interrupted. Finish it with: sartor run {config.system} --resume {out}", soft_wrap=True
-        )
+        console.print(f"Interrupted. Finish it with: sartor run {config.system} --resume {out}", soft_wrap=True)
         sys.exit(130)
-    _report(out, console)
 
 
 def _stored(folder: Path) -> closed_loop.Config:

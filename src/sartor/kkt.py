@@ -102,13 +102,9 @@ def bounded(problem: Problem) -> Rows:
 def lagrangian(problem: Problem, theta: Theta, x0: Array, point: Point) -> Float[Array, ""]:
     """The Lagrangian (D2); the penalties of soft rows enter through their multipliers."""
     us, xs, lams, mus, _ = point
-    value = total_cost(without_rows(problem), theta, xs, us) + jnp.sum(
-        dynamics_gap(problem, theta, x0, xs, us) * lams
-    )
+    value = total_cost(without_rows(problem), theta, xs, us) + jnp.sum(dynamics_gap(problem, theta, x0, xs, us) * lams)
     h = rows(problem, theta, xs, us)
-    return value + sum(
-        jnp.sum(mu * row) for mu, row in zip(jax.tree.leaves(mus), jax.tree.leaves(h), strict=True)
-    )
+    return value + sum(jnp.sum(mu * row) for mu, row in zip(jax.tree.leaves(mus), jax.tree.leaves(h), strict=True))
 
 
 def without_rows(problem: Problem) -> Problem:
@@ -121,9 +117,7 @@ def without_rows(problem: Problem) -> Problem:
 
 def dynamics_gap(problem: Problem, theta: Theta, x0: Array, xs: Array, us: Array) -> Float[Array, "N+1 nx"]:
     """Equality residuals x̂ - x_0 and f(x_k, u_k, k, θ) - x_{k+1}."""
-    x_next = jax.vmap(lambda x, u, k: problem.dynamics(x, u, k, theta))(
-        xs[:-1], us, jnp.arange(problem.horizon)
-    )
+    x_next = jax.vmap(lambda x, u, k: problem.dynamics(x, u, k, theta))(xs[:-1], us, jnp.arange(problem.horizon))
     return jnp.concatenate([x0[None], x_next]) - xs
 
 
@@ -132,17 +126,13 @@ def residual(problem: Problem, theta: Theta, x0: Array, point: Point, tau: Array
 
     Differentiable in every argument, `u_min` and `u_max` and the penalties of `problem` included.
     """
-    gradient = jax.grad(
-        lambda us, xs: lagrangian(problem, theta, x0, point._replace(us=us, xs=xs)), argnums=(0, 1)
-    )
+    gradient = jax.grad(lambda us, xs: lagrangian(problem, theta, x0, point._replace(us=us, xs=xs)), argnums=(0, 1))
     h = rows(problem, theta, point.xs, point.us)
     gap = dynamics_gap(problem, theta, x0, point.xs, point.us)
     return Residual(*gradient(point.us, point.xs), gap, *_row_residuals(problem, h, point, tau))
 
 
-def expanded_residual(
-    problem: Problem, expansion: Expansion, point: Point, tau: Array | float = 0.0
-) -> Residual:
+def expanded_residual(problem: Problem, expansion: Expansion, point: Point, tau: Array | float = 0.0) -> Residual:
     """The same residual, where an expansion is at hand: without another derivative of the user's functions."""
     lq = expansion.lq
     row_us, row_xs = rows_cotangent(expansion.jacobian, point.mus)

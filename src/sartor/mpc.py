@@ -97,10 +97,10 @@ class MPC(eqx.Module):
 class Episode(eqx.Module):
     """A closed loop of T control steps."""
 
-    xs: Float[Array, "*batch T+1 nx"]
-    """States of the plant, the initial one first."""
     us: Float[Array, "*batch T nu"]
     """Controls that were applied."""
+    xs: Float[Array, "*batch T+1 nx"]
+    """States of the plant, the initial one first."""
     costs: Float[Array, "*batch T"]
     """Stage costs."""
     results: RESULTS
@@ -203,7 +203,7 @@ def episode(x0: Float[Array, " nx"], steps: Step, dt: float) -> Episode:
     """All steps since x0 as an episode."""
     info = steps.info
     xs = jnp.concatenate([x0[None], steps.x])
-    return Episode(xs, steps.u, info.cost, info.result, info.num_steps, info.kkt_norm, dt)
+    return Episode(steps.u, xs, info.cost, info.result, info.num_steps, info.kkt_norm, dt)
 
 
 def window(reference: PyTree, k: Int[Array, ""] | int, num_rows: int) -> PyTree:

@@ -84,9 +84,7 @@ class Problem(eqx.Module):
         softening: Softening | None = None,
     ):
         if isinstance(horizon, bool) or not isinstance(horizon, int | np.integer) or horizon < 1:
-            raise ValueError(
-                f"horizon must be an integer of at least 1 (the number of controls), not {horizon!r}."
-            )
+            raise ValueError(f"horizon must be an integer of at least 1 (the number of controls), not {horizon!r}.")
         self.dynamics = dynamics
         self.stage_cost = stage_cost
         self.terminal_cost = terminal_cost
@@ -103,9 +101,7 @@ class Problem(eqx.Module):
                 raise ValueError(f"{name} must be a function, not {type(getattr(self, name)).__name__}.")
         for name in ("constraints", "terminal_constraints"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
-                raise ValueError(
-                    f"{name} must be a function or None, not {type(getattr(self, name)).__name__}."
-                )
+                raise ValueError(f"{name} must be a function or None, not {type(getattr(self, name)).__name__}.")
         if self.u_min.ndim != 1 or self.u_min.shape != self.u_max.shape or self.u_min.shape[0] == 0:
             raise ValueError(
                 f"u_min and u_max must both have shape (nu,) with nu ≥ 1, not {self.u_min.shape} and {self.u_max.shape}."
@@ -172,9 +168,7 @@ def penalty(rows: Array, linear: Array, quadratic: Array) -> Array:
     """linear·s + quadratic·s²/2 with s = max(h, 0); zero for hard rows (an infinite entry)."""
     soft = jnp.isfinite(linear) & jnp.isfinite(quadratic)
     s = jnp.maximum(rows, 0.0)
-    return jnp.where(
-        soft, jnp.where(soft, linear, 0.0) * s + 0.5 * jnp.where(soft, quadratic, 0.0) * s**2, 0.0
-    )
+    return jnp.where(soft, jnp.where(soft, linear, 0.0) * s + 0.5 * jnp.where(soft, quadratic, 0.0) * s**2, 0.0)
 
 
 def row_penalties(problem: Problem, nh: int, nh_terminal: int, dtype: Any) -> tuple[Array, Array]:
@@ -219,8 +213,6 @@ def _concrete(value: Any) -> bool:
 
 def _floating(value: Any) -> Array:
     """As a floating-point array of JAX's current precision; abstract leaves (transformations rebuild modules) pass."""
-    if isinstance(value, jax.core.Tracer) or (
-        hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.inexact)
-    ):
+    if isinstance(value, jax.core.Tracer) or (hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.inexact)):
         return jnp.asarray(value)
     return jnp.asarray(value, dtype=jnp.result_type(float))

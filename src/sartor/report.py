@@ -48,16 +48,14 @@ def table(folder: Path) -> Table:
     out.add_row("failed solves", f"{m['failed_share']:.1%}" + (f" ({failures})" if failures else ""))
     out.add_row("solver steps: median, max", f"{m['median_steps']:g}, {m['max_steps']}")
     out.add_row("KKT residual: max", f"{m['max_kkt_norm']:.1e}")
-    out.add_row(
-        "time per control step: median, 99 %", f"{1e3 * m['median_time']:.2f}, {1e3 * m['p99_time']:.2f} ms"
-    )
+    out.add_row("time per control step: median, 99 %", f"{1e3 * m['median_time']:.2f}, {1e3 * m['p99_time']:.2f} ms")
     out.add_row("compile and cold start", f"{m['compile_time']:.1f} s")
     out.add_row("device", m["device"])
     return out
 
 
 def figure(folder: Path) -> Path:
-    """States, controls with their bounds, and what the solver did, over time; writes and returns `episode.png`."""
+    """Draw states, controls with bounds, and what the solver did, over time; returns the path of the file."""
     config, metrics, ep = load(folder)
     states, controls = _by_unit(metrics["states"]), _by_unit(metrics["controls"])
     rows = max(len(states), len(controls) + 2)
@@ -118,9 +116,7 @@ def _lines(
         label, where = names[i].split(" [")[0], "steps-post" if steps else "default"
         ax.plot(times, values[:, i], color=color, lw=1.6, label=label, drawstyle=where)
     ax.set_ylabel(f"[{unit}]" if unit != "-" else "")
-    ax.legend(
-        loc="upper right", ncols=len(indices), fontsize=8, frameon=False, handlelength=1.2, columnspacing=1.0
-    )
+    ax.legend(loc="upper right", ncols=len(indices), fontsize=8, frameon=False, handlelength=1.2, columnspacing=1.0)
     ax.margins(y=0.25)
 
 

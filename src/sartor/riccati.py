@@ -65,9 +65,7 @@ def factor(lq: LQ, parallel: bool = False) -> Factors:
     return Factors(lq.A + lq.B @ K, lq.B, K, P, 0.5 * (Lambda_inv + jnp.swapaxes(Lambda_inv, 1, 2)), regular)
 
 
-def backsolve(
-    factors: Factors, q: Array, r: Array, c: Array, x0: Array, parallel: bool = False
-) -> Trajectory:
+def backsolve(factors: Factors, q: Array, r: Array, c: Array, x0: Array, parallel: bool = False) -> Trajectory:
     """Solve (D3) for one right-hand side with a factorisation at hand: one matrix-vector product a stage each way.
 
     Args:
@@ -141,9 +139,7 @@ def lqr(lq: LQ, x0: Float[Array, " nx"], parallel: bool = False) -> Trajectory:
 def check_lq(lq: LQ, x0: Array) -> None:
     """Raise unless the shapes of an LQ problem fit together."""
     if lq.B.ndim != 3:
-        raise ValueError(
-            f"lq.B must have shape (N, nx, nu), not {lq.B.shape}: stack the stages along the first axis."
-        )
+        raise ValueError(f"lq.B must have shape (N, nx, nu), not {lq.B.shape}: stack the stages along the first axis.")
     N, nx, nu = lq.B.shape
     expected = LQ(A=(N, nx, nx), B=(N, nx, nu), c=(N, nx), Q=(N + 1, nx, nx), R=(N, nu, nu), S=(N, nu, nx),
                   q=(N + 1, nx), r=(N, nu))  # fmt: skip

@@ -71,9 +71,7 @@ def linearise(problem: Problem, theta: Theta, sol: Solution, curvature: Curvatur
     point = Point(sol.us, sol.xs, sol.lams, sol.mus, sol.slacks)
     expansion = kkt.expand(problem, theta, sol.xs[0], point, curvature == "exact")
     lq, jacobian = kkt.with_bending(expansion) if curvature == "exact" else expansion.lq, expansion.jacobian
-    active, compliance, row_scale, given_scale, relaxation, strict = _active_rows(
-        problem, expansion.rows, sol
-    )
+    active, compliance, row_scale, given_scale, relaxation, strict = _active_rows(problem, expansion.rows, sol)
     small = float(jnp.finfo(sol.us.dtype).eps) ** 0.5
     hessian = jnp.maximum(jnp.max(jnp.abs(lq.Q)), jnp.max(jnp.abs(lq.R))) + small
     squares = Rows(
@@ -171,9 +169,7 @@ def first_control_adjoint(lin: Linearisation) -> Direction:
     )
 
 
-def trajectory_error(
-    A: Float[Array, "N nx nx"], defect: Float[Array, "... N nx"]
-) -> Float[Array, "... N nx"]:
+def trajectory_error(A: Float[Array, "N nx nx"], defect: Float[Array, "... N nx"]) -> Float[Array, "... N nx"]:
     """Sensitivity to an error ê of the predicted trajectory from that to a defect e of its dynamics.
 
     If the prediction seen at stage k is off by ê_k but the error does not propagate, then e_{k+1} = ê_{k+1} - A_k ê_k,
@@ -211,9 +207,7 @@ def reason(sol: Solution, lin: Linearisation) -> RESULTS:
     return RESULTS.where(sol.successful, singular, sol.result)
 
 
-def _active_rows(
-    problem: Problem, h: Rows, sol: Solution
-) -> tuple[Rows, Rows, Rows, Rows, Rows, Bool[Array, ""]]:
+def _active_rows(problem: Problem, h: Rows, sol: Solution) -> tuple[Rows, Rows, Rows, Rows, Rows, Bool[Array, ""]]:
     """`active`, `compliance`, `row_scale`, `given_scale`, `relaxation` of a `Linearisation`; strict complementarity."""
     smooth = sol.tau > 0
     edge = 10.0 * float(jnp.finfo(sol.us.dtype).eps) ** 0.375
@@ -246,9 +240,7 @@ def _active_rows(
 
     exist = jax.tree.map(lambda on, row: jnp.broadcast_to(on, row.shape), kkt.bounded(problem), h)
     columns = jax.tree.map(one, h, sol.mus, sol.slacks, *kkt.soft_terms(problem, h), exist)
-    per_field = [
-        [getattr(columns, name)[i] for name in ("u_min", "u_max", "path", "terminal")] for i in range(6)
-    ]
+    per_field = [[getattr(columns, name)[i] for name in ("u_min", "u_max", "path", "terminal")] for i in range(6)]
     *fields, decided = (Rows(*values) for values in per_field)
     strict = jnp.all(jnp.stack([jnp.all(leaf) for leaf in jax.tree.leaves(decided)]))
     return (*fields, strict)
@@ -268,9 +260,7 @@ def _approximate_inverse(lin: Linearisation, b: Direction) -> Direction:
     row_us, row_xs = kkt.rows_cotangent(lin.jacobian, pull)
     z = solve_kkt(lin.factors, Trajectory(b.us + row_us, b.xs + row_xs, b.lams))
     ahead = kkt.rows_tangent(lin.jacobian, z.us, z.xs)
-    mus = jax.tree.map(
-        lambda on, D, row, b: jnp.where(on, D * (row - b), -b), lin.active, lin.stiffness, ahead, b.mus
-    )
+    mus = jax.tree.map(lambda on, D, row, b: jnp.where(on, D * (row - b), -b), lin.active, lin.stiffness, ahead, b.mus)
     return Direction(z.us, z.xs, z.lams, mus)
 
 
@@ -279,9 +269,7 @@ def _independent_rows(lin: Linearisation) -> Bool[Array, ""]:
     if lin.active.path.size + lin.active.terminal.size == 0:
         return jnp.asarray(True)
     generic = lambda row: jnp.cos(1.7 * jnp.arange(1, row.size + 1, dtype=lin.lq.q.dtype)).reshape(row.shape)
-    b = Direction(
-        *jax.tree.map(jnp.zeros_like, (lin.lq.r, lin.lq.q, lin.lq.q)), jax.tree.map(generic, lin.active)
-    )
+    b = Direction(*jax.tree.map(jnp.zeros_like, (lin.lq.r, lin.lq.q, lin.lq.q)), jax.tree.map(generic, lin.active))
     rest = jax.tree.map(jnp.subtract, b, apply(lin, _refined_solve(lin, b)))
     worst = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf), initial=0.0) for leaf in jax.tree.leaves(rest)]))
     return worst < 1e-3
@@ -289,7 +277,5 @@ def _independent_rows(lin: Linearisation) -> Bool[Array, ""]:
 
 def _sanitised(sol: Solution) -> Solution:
     """Zeros for what is not finite in a failed solution: NaN times a zero cotangent would still be NaN."""
-    clean = lambda leaf: (
-        jnp.where(jnp.isfinite(leaf), leaf, 0.0) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
-    )
+    clean = lambda leaf: jnp.where(jnp.isfinite(leaf), leaf, 0.0) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
     return jax.tree.map(clean, sol)

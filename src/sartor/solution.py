@@ -94,14 +94,10 @@ def guess(xs: Any, us: Any) -> Solution:
     us = jnp.asarray(us, jnp.result_type(us, float))
     xs = jnp.asarray(xs, us.dtype)
     if us.ndim != 2 or xs.ndim != 2 or xs.shape[0] != us.shape[0] + 1:
-        raise ValueError(
-            f"guess needs us of shape (N, nu) and xs of shape (N+1, nx), not {us.shape} and {xs.shape}."
-        )
+        raise ValueError(f"guess needs us of shape (N, nu) and xs of shape (N+1, nx), not {us.shape} and {xs.shape}.")
     rows = Rows(jnp.zeros_like(us), jnp.zeros_like(us), jnp.zeros_like(us[:, :0]), jnp.zeros_like(us[0, :0]))
     zero = jnp.zeros((), us.dtype)
-    stats = Stats(
-        num_steps=jnp.asarray(0), num_inner_steps=jnp.asarray(0), kkt_norm=jnp.full_like(zero, jnp.inf)
-    )
+    stats = Stats(num_steps=jnp.asarray(0), num_inner_steps=jnp.asarray(0), kkt_norm=jnp.full_like(zero, jnp.inf))
     return Solution(us=us, xs=xs, lams=jnp.zeros_like(xs), mus=rows, slacks=rows, cost=zero, tau=zero,
                     result=RESULTS.not_converged, stats=stats)  # fmt: skip
 

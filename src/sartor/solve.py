@@ -137,9 +137,7 @@ def _implicit_jvp(primals, tangents, *, solver, curvature):
     lin = linearise(problem, theta, sol, curvature)
     point = Point(sol.us, sol.xs, sol.lams, sol.mus, sol.slacks)
     inputs, tangents = (problem, theta, x0), tangents[:3]
-    r = _tangent(
-        lambda problem, theta, x0: kkt.residual(problem, theta, x0, point, sol.tau), inputs, tangents
-    )
+    r = _tangent(lambda problem, theta, x0: kkt.residual(problem, theta, x0, point, sol.tau), inputs, tangents)
     z = solution_tangent(lin, r)
     cost = _tangent(
         lambda problem, theta, xs, us: total_cost(problem, theta, xs, us),
@@ -225,9 +223,7 @@ def _check_functions(problem: Problem, theta: Theta, x0: Array) -> None:
     like_state = f"shape {x0.shape} and dtype {x0.dtype}, those of x0"
     x_next = evaluate(problem.dynamics, x, u, k)
     if not _is(x_next, x0.shape, x0.dtype):
-        raise ValueError(
-            f"dynamics(x, u, k, theta) must return an array of {like_state}, not {_describe(x_next)}."
-        )
+        raise ValueError(f"dynamics(x, u, k, theta) must return an array of {like_state}, not {_describe(x_next)}.")
     for name, value in (
         ("stage_cost(x, u, k, theta)", evaluate(problem.stage_cost, x, u, k)),
         ("terminal_cost(x, theta)", evaluate(problem.terminal_cost, x)),
@@ -284,15 +280,11 @@ def _check_guess(problem: Problem, theta: Theta, x0: Array, guess: Solution) -> 
 
 
 def _explain(problem: Problem, theta: Theta, sol: Solution) -> str:
-    message = (
-        f"solve ended after {int(sol.stats.num_steps)} steps, KKT residual {float(sol.stats.kkt_norm):.1e}: "
-    )
+    message = f"solve ended after {int(sol.stats.num_steps)} steps, KKT residual {float(sol.stats.kkt_norm):.1e}: "
     message += RESULTS[sol.result]
     if bool(sol.result == RESULTS.infeasible):
         rows = violations(problem, theta, sol)
         worst = {name: np.argwhere(np.asarray(getattr(rows, name)) > 1e-6) for name in ("path", "terminal")}
-        found = [
-            f"{name}[{', '.join(map(str, index))}]" for name, many in worst.items() for index in many[:5]
-        ]
+        found = [f"{name}[{', '.join(map(str, index))}]" for name, many in worst.items() for index in many[:5]]
         message += " Violated rows: " + ", ".join(found) + "."
     return message

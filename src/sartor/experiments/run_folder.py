@@ -16,9 +16,7 @@ from jaxtyping import PyTree
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a dictionary, whole or not at all."""
-    _replace(
-        path, lambda temporary: temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    )
+    _replace(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n"))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -81,9 +81,7 @@ class BoxDDP(AbstractSolver):
 
     def check(self, problem: Problem) -> None:
         if problem.constraints is not None or problem.terminal_constraints is not None:
-            raise ValueError(
-                "BoxDDP takes control bounds only; use SQP() for constraints and terminal_constraints."
-            )
+            raise ValueError("BoxDDP takes control bounds only; use SQP() for constraints and terminal_constraints.")
 
     def init(self, problem: Problem, theta: Theta, x0: Array, guess: Solution, unroll: bool) -> BoxDDPState:
         xs = rollout(problem, theta, x0, guess.us)
@@ -94,9 +92,7 @@ class BoxDDP(AbstractSolver):
             finite=jnp.all(jnp.isfinite(xs)), num_steps=jnp.asarray(0),
         )  # fmt: skip
 
-    def step(
-        self, problem: Problem, theta: Theta, x0: Array, state: BoxDDPState, unroll: bool
-    ) -> BoxDDPState:
+    def step(self, problem: Problem, theta: Theta, x0: Array, state: BoxDDPState, unroll: bool) -> BoxDDPState:
         duals = Point(state.us, state.xs, state.lams, state.duals.mus, state.duals.slacks)
         expansion = kkt.expand(problem, theta, x0, duals, self.curvature == "exact")
         backward = _backward(problem, expansion, state)
@@ -117,9 +113,7 @@ class BoxDDP(AbstractSolver):
         )  # fmt: skip
 
     def running(self, state: BoxDDPState) -> Array:
-        return (
-            state.finite & (state.kkt_norm > kkt_tolerance(self.tol, state.us.dtype)) & (state.stalled < 20)
-        )
+        return state.finite & (state.kkt_norm > kkt_tolerance(self.tol, state.us.dtype)) & (state.stalled < 20)
 
     def finish(self, problem: Problem, theta: Theta, x0: Array, state: BoxDDPState) -> Solution:
         converged = state.kkt_norm <= kkt_tolerance(self.tol, x0.dtype)
@@ -200,9 +194,7 @@ def box_qp(
     # Without active bounds, and with one control, the clipped Newton point is the minimiser: no loop.
     start = jnp.clip(_free_solve(H_, -g_[:, None], jnp.zeros(g_.shape, bool))[0][:, 0], low_, high_)
     start = jnp.where(jnp.isfinite(start), start, jnp.clip(0.0 * g_, low_, high_))
-    v, _, _ = jax.lax.while_loop(
-        lambda carry: ~carry[1] & (carry[2] < 20), newton, (start, optimal(start), 0)
-    )
+    v, _, _ = jax.lax.while_loop(lambda carry: ~carry[1] & (carry[2] < 20), newton, (start, optimal(start), 0))
     clamped = clamped_at(v)
     at_bound = jnp.where(clamped, jnp.where(v <= low_, low, high), 0.0)
     solved, definite = _free_solve(H, jnp.concatenate([-(g + H @ at_bound)[:, None], -G], axis=1), clamped)
@@ -219,9 +211,7 @@ def _free_solve(H: Array, rhs: Array, clamped: Array) -> tuple[Array, Array]:
     return jnp.where(free[:, None], solved, 0.0), jnp.all(pivots > floor)
 
 
-def _with_multipliers(
-    problem: Problem, state: BoxDDPState, backward: Backward, expansion: Expansion
-) -> Point:
+def _with_multipliers(problem: Problem, state: BoxDDPState, backward: Backward, expansion: Expansion) -> Point:
     """The iterate with costates from the adjoint recursion and bound multipliers from the gradient there."""
     gradient = backward.gradient
     at_low, at_high = state.us <= problem.u_min, state.us >= problem.u_max

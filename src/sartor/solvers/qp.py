@@ -43,6 +43,8 @@ class Interior(NamedTuple):
     """t"""
     violations: Float[Array, " m"]
     """s"""
+    nus: Float[Array, " m"]
+    """ν, multipliers of s ≥ 0. Not computed from linear + quadratic·s - μ, where it would drown in rounding."""
 
 
 class QPState(NamedTuple):
@@ -99,17 +101,15 @@ def solve_qp(
             z = backsolve(factors, lq.q + drive_xs, lq.r + drive_us, lq.c, expansion.x0_gap)
             rows = g + pack(rows_tangent(expansion.jacobian, z.us, z.xs))
             mus = D * rows + e
-            s = jnp.where(rules.hard, 0.0, offset + compliance * mus)
-            new = Interior(z.us, z.xs, z.lams, mus, jnp.where(rules.exist, s - rows, point.slacks), s)
-            return jax.tree.map(jnp.subtract, new, point)
+            t, s, nus = _full_step(rules, point, target, correction_t, correction_s, rows, mus, offset, compliance)
+            return jax.tree.map(jnp.subtract, Interior(z.us, z.xs, z.lams, mus, t, s, nus), point)
 
         def predict_and_correct(previous, _):
             change = direction(*previous[1:])
             alpha = jnp.minimum(1.0, _TO_BOUNDARY * _longest_step(rules, point, change))
             gap, ahead = complementarity(rules, point), complementarity(rules, _move(point, change, alpha))
             target = jnp.maximum(gap * (ahead / jnp.maximum(gap, 1e-300)) ** 3, tau)
-            nu_change = rules.quadratic * change.violations - change.mus
-            return (change, target, change.mus * change.slacks, change.violations * nu_change), alpha
+            return (change, target, change.mus * change.slacks, change.violations * change.nus), alpha
 
         none = jnp.zeros_like(g)
         # One loop of two rounds, rather than the same code twice: it halves what has to be compiled.
@@ -134,47 +134,44 @@ def solve_qp(
     return loop(step, lambda state: ~state.done & state.regular, begin, max_steps, unroll)
 
 
-def center(rules: Rules, g: Array, mus: Array, tau: Array) -> tuple[Array, Array, Array]:
-    """Multipliers, slacks and violations with μt = sν = τ nearest to what is known: rows g, old multipliers.
+def center(rules: Rules, g: Array, mus: Array, tau: Array) -> tuple[Array, Array, Array, Array]:
+    """μ, t, s, ν with μt = sν = τ nearest to what is known: rows g, old multipliers.
 
     μ and t solve μt = τ, μ - t = mus + g. From a cold start (mus = 0) that keeps feasible rows where they are; from
     an old solution it keeps the active set, yet at a distance √τ from the corner, whence Newton steps are long.
     """
     difference = mus + g
-    root = jnp.sqrt(difference**2 + 4.0 * tau)
     # Whichever of the two is small is computed from the product: the difference would cancel.
-    large = 0.5 * (jnp.abs(difference) + root)
+    large = 0.5 * (jnp.abs(difference) + jnp.sqrt(difference**2 + 4.0 * tau))
     mus = jnp.where(difference > 0, large, tau / large)
-    violated = jnp.maximum(g, 0.0)
+    with_nu = _with_nu(rules)
+    violated = jnp.maximum(g, jnp.sqrt(tau))
     ceiling = rules.linear + rules.quadratic * violated
-    margin = tau / jnp.maximum(violated, jnp.sqrt(tau))
-    capped = jnp.minimum(mus, jnp.maximum(ceiling - margin, 0.5 * ceiling))
-    mus = jnp.where(rules.hard | (rules.linear == 0), mus, capped)
-    t = tau / mus
+    margin = jnp.minimum(tau / violated, 0.5 * ceiling)
+    saturated = with_nu & (mus > ceiling - margin)
+    mus = jnp.where(saturated, ceiling - margin, mus)
     rest = rules.linear - mus
     root = jnp.sqrt(rest**2 + 4.0 * rules.quadratic * tau)
-    s = jnp.where(
-        rest > 0, 2.0 * tau / (rest + root), (root - rest) / (2.0 * jnp.maximum(rules.quadratic, 1e-300))
-    )
-    s = jnp.where(rules.linear > 0, s, mus / jnp.maximum(rules.quadratic, 1e-300))
+    small = 2.0 * tau / jnp.where(with_nu & ~saturated, jnp.maximum(rest, 0.0) + root, 1.0)
+    s = jnp.where(saturated, violated, small)
+    s = jnp.where(rules.linear > 0, s, mus / jnp.where(rules.quadratic > 0, rules.quadratic, 1.0))
+    nus = jnp.where(with_nu, jnp.where(saturated, margin, rest + rules.quadratic * s), 0.0)
     exist = rules.exist
-    return jnp.where(exist, mus, 0.0), jnp.where(exist, t, 1.0), jnp.where(rules.hard, 0.0, s)
+    s = jnp.where(rules.hard, 0.0, s)
+    return jnp.where(exist, mus, 0.0), jnp.where(exist, tau / mus, 1.0), s, nus
 
 
 def row_curvature(rules: Rules, point: Interior) -> Float[Array, " m"]:
     """D of the condensed Hessian H + GᵀDG: dμ = D (G dz) along the linearised complementarity."""
-    nu = _multiplier_of_violation(rules, point.violations, point.mus)
-    compliance, _ = _compliance(rules, point.violations, nu)
+    compliance, _ = _compliance(rules, point)
     return jnp.where(rules.exist, point.mus / (point.slacks + point.mus * compliance), 0.0)
 
 
 def complementarity(rules: Rules, point: Interior) -> Float[Array, ""]:
     """Mean of the products μt and sν."""
-    nu = _multiplier_of_violation(rules, point.violations, point.mus)
-    with_nu = ~rules.hard & (rules.linear > 0)
-    products = jnp.where(rules.exist, point.mus * point.slacks, 0.0) + jnp.where(
-        with_nu, point.violations * nu, 0.0
-    )
+    with_nu = _with_nu(rules)
+    products = jnp.where(rules.exist, point.mus * point.slacks, 0.0)
+    products = products + jnp.where(with_nu, point.violations * point.nus, 0.0)
     return jnp.sum(products) / jnp.maximum(jnp.sum(rules.exist) + jnp.sum(with_nu), 1)
 
 
@@ -191,29 +188,46 @@ def unpack(flat: Array, like: Rows) -> Rows:
     return jax.tree.unflatten(structure, parts)
 
 
-def _multiplier_of_violation(rules: Rules, s: Array, mus: Array) -> Array:
-    """ν of s ≥ 0, by stationarity in s: linear + quadratic·s - μ."""
-    return jnp.where(rules.hard | (rules.linear == 0), 0.0, rules.linear + rules.quadratic * s - mus)
+def _with_nu(rules: Rules) -> Array:
+    """Soft rows with a linear penalty; without one, s is free: its quadratic penalty keeps it at 0 by itself."""
+    return ~rules.hard & (rules.linear > 0)
 
 
-def _compliance(rules: Rules, s: Array, nu: Array) -> tuple[Array, Array]:
+def _compliance(rules: Rules, point: Interior) -> tuple[Array, Array]:
     """ds/dμ of a soft row, and 1/(ν + quadratic·s), both 0 for a hard row (the second also without a linear part)."""
-    curvature = nu + rules.quadratic * s
-    slope = jnp.where(rules.hard | (rules.linear == 0), 0.0, 1.0 / jnp.where(curvature > 0, curvature, 1.0))
+    curvature = point.nus + rules.quadratic * point.violations
+    slope = jnp.where(_with_nu(rules), 1.0 / jnp.where(curvature > 0, curvature, 1.0), 0.0)
     only_quadratic = ~rules.hard & (rules.linear == 0)
-    return jnp.where(only_quadratic, 1.0 / jnp.where(only_quadratic, rules.quadratic, 1.0), s * slope), slope
+    inverse = 1.0 / jnp.where(only_quadratic, rules.quadratic, 1.0)
+    return jnp.where(only_quadratic, inverse, point.violations * slope), slope
 
 
 def _row_offsets(
     rules: Rules, point: Interior, target: Array, correction_t: Array, correction_s: Array
 ) -> tuple[Array, Array, Array]:
     """e, a, b of the linearised complementarity: new μ = D (g + Gz) + e and new s = a + b μ."""
-    mus, t, s = point.mus, point.slacks, point.violations
-    nu = _multiplier_of_violation(rules, s, mus)
-    compliance, slope = _compliance(rules, s, nu)
-    offset = (target + s * nu - correction_s - s * rules.linear) * slope
+    mus, t, s, nus = point.mus, point.slacks, point.violations, point.nus
+    compliance, slope = _compliance(rules, point)
+    offset = (target + s * nus - correction_s - s * rules.linear) * slope
     e = (target + mus * t - correction_t - mus * offset) / (t + mus * compliance)
     return jnp.where(rules.exist, e, 0.0), offset, compliance
+
+
+def _full_step(
+    rules: Rules, point: Interior, target: Array, correction_t: Array, correction_s: Array,
+    rows: Array, new_mus: Array, offset: Array, compliance: Array,
+) -> tuple[Array, Array, Array]:  # fmt: skip
+    """t, s, ν after a full step: of each product the smaller factor comes from the product, lest it drown in rounding."""
+    mus, t, s, nus = point.mus, point.slacks, point.violations, point.nus
+    with_nu = _with_nu(rules)
+    violated = with_nu & (s > nus)
+    t_by_product = (target + mus * t - correction_t - t * new_mus) / jnp.where(mus > 0, mus, 1.0)
+    new_s = jnp.where(violated, rows + t_by_product, offset + compliance * new_mus)
+    new_s = jnp.where(rules.hard, 0.0, new_s)
+    new_t = jnp.where(rules.exist, jnp.where(violated, t_by_product, new_s - rows), t)
+    nu_by_product = (target + s * nus - correction_s - nus * new_s) / jnp.where(s > 0, s, 1.0)
+    new_nus = jnp.where(violated, nu_by_product, rules.linear + rules.quadratic * new_s - new_mus)
+    return new_t, new_s, jnp.where(with_nu, new_nus, 0.0)
 
 
 def _longest_step(rules: Rules, point: Interior, step: Interior) -> Array:
@@ -223,12 +237,10 @@ def _longest_step(rules: Rules, point: Interior, step: Interior) -> Array:
         ratio = jnp.where(relevant & (change < 0), -value / jnp.where(change < 0, change, -1.0), jnp.inf)
         return jnp.min(ratio, initial=1.0 / _TO_BOUNDARY)
 
-    with_nu = ~rules.hard & (rules.linear > 0)
-    nu = _multiplier_of_violation(rules, point.violations, point.mus)
-    nu_step = rules.quadratic * step.violations - step.mus
+    with_nu = _with_nu(rules)
     return jnp.minimum(
         jnp.minimum(limit(point.mus, step.mus, rules.exist), limit(point.slacks, step.slacks, rules.exist)),
-        jnp.minimum(limit(point.violations, step.violations, with_nu), limit(nu, nu_step, with_nu)),
+        jnp.minimum(limit(point.violations, step.violations, with_nu), limit(point.nus, step.nus, with_nu)),
     )
 
 

@@ -112,11 +112,7 @@ class SQP(AbstractSolver):
         )
 
     def running(self, state: SQPState) -> Array:
-        return (
-            state.finite
-            & (state.kkt_norm > kkt_tolerance(self.tol, state.kkt_norm.dtype))
-            & (state.stalled < 30)
-        )
+        return state.finite & (state.kkt_norm > kkt_tolerance(self.tol, state.kkt_norm.dtype)) & (state.stalled < 30)
 
     def finish(self, problem: Problem, theta: Theta, x0: Array, state: SQPState) -> Solution:
         point = state.point
@@ -129,9 +125,7 @@ class SQP(AbstractSolver):
         result = RESULTS.where(state.finite, result, RESULTS.non_finite)
         stats = Stats(state.num_steps, state.num_inner_steps, state.kkt_norm)
         cost = total_cost(problem, theta, point.xs, point.us)
-        return Solution(
-            **point._asdict(), cost=cost, tau=jnp.asarray(self.tau, x0.dtype), result=result, stats=stats
-        )
+        return Solution(**point._asdict(), cost=cost, tau=jnp.asarray(self.tau, x0.dtype), result=result, stats=stats)
 
     def _tau_end(self, like: Array) -> float:
         return max(self.tau, float(jnp.finfo(like.dtype).eps) ** 0.75)
@@ -139,10 +133,8 @@ class SQP(AbstractSolver):
     def _warm_start(self, expansion: Expansion, norm: Array, rules: Rules, point: Point) -> Interior:
         """An interior point around the old multipliers, the closer to the boundary the smaller the residual."""
         tau = jnp.clip(0.1 * norm**2, self._tau_end(norm), 1.0)
-        mus, slacks, violations = center(rules, pack(expansion.rows), pack(point.mus), tau)
-        return Interior(
-            jnp.zeros_like(point.us), jnp.zeros_like(point.xs), point.lams, mus, slacks, violations
-        )
+        inside = center(rules, pack(expansion.rows), pack(point.mus), tau)
+        return Interior(jnp.zeros_like(point.us), jnp.zeros_like(point.xs), point.lams, *inside)
 
     def _line_search(
         self,
@@ -166,16 +158,10 @@ class SQP(AbstractSolver):
 
         def merit(us, xs):
             gap = jnp.abs(kkt.dynamics_gap(problem, theta, x0, xs, us))
-            return (
-                total_cost(bare, theta, xs, us)
-                + elastic(kkt.rows(problem, theta, xs, us))
-                + jnp.sum(omega * gap)
-            )
+            return total_cost(bare, theta, xs, us) + elastic(kkt.rows(problem, theta, xs, us)) + jnp.sum(omega * gap)
 
         gap = jnp.sum(omega * jnp.abs(jnp.concatenate([expansion.x0_gap[None], lq.c])))
-        ahead = jax.tree.map(
-            jnp.add, expansion.rows, kkt.rows_tangent(expansion.jacobian, solved.us, solved.xs)
-        )
+        ahead = jax.tree.map(jnp.add, expansion.rows, kkt.rows_tangent(expansion.jacobian, solved.us, solved.xs))
         before = elastic(expansion.rows)
         old = expansion.cost + before + gap
         slope = jnp.sum(lq.q * solved.xs) + jnp.sum(lq.r * solved.us) + elastic(ahead) - before - gap
