@@ -9,6 +9,7 @@ Jacobians (AUTO_DIFF), also the mixed ones with the parameters.
 """
 
 import numpy as np
+
 from peers.casadi_nlp import CasadiNLP
 from peers.mpc_pytorch import MPCPytorch
 from problems import cartpole, rollout
@@ -21,9 +22,7 @@ def exact_gradient(solver: CasadiNLP, x0: np.ndarray, theta: np.ndarray, guess: 
     gradient = np.zeros_like(theta)
     for i, h in enumerate(1e-4 * theta):
         offsets = h * np.array([-2, -1, 1, 2])[:, None] * np.eye(len(theta))[i]
-        solution = solver.solve(
-            np.tile(x0, (4, 1)), theta + offsets, [np.repeat(g, 4, axis=0) for g in guess]
-        )
+        solution = solver.solve(np.tile(x0, (4, 1)), theta + offsets, [np.repeat(g, 4, axis=0) for g in guess])
         losses = np.sum(solution.xs**2, axis=(1, 2)) + np.sum(solution.us**2, axis=(1, 2))
         gradient[i] = losses @ np.array([1, -8, 8, -1]) / (12 * h)
     return gradient

@@ -103,9 +103,7 @@ def linear(horizon: int = 20, nx: int = 8, nu: int = 4, gain: float = 0.25) -> P
     return _linear("linear", horizon, nx, nu, draw_matrices)
 
 
-def unstable_linear(
-    horizon: int = 20, nx: int = 8, nu: int = 4, spread: float = 0.1, gain: float = 0.5
-) -> Problem:
+def unstable_linear(horizon: int = 20, nx: int = 8, nu: int = 4, spread: float = 0.1, gain: float = 0.5) -> Problem:
     """Unstable systems: A = I + spread * N(0, 1), B = gain * N(0, 1); the spectral radius is some 1.25.
 
     spread = 0.2, gain = 1 is the recipe of the imitation experiments; its worst optimal costs are near 1e9.

@@ -66,17 +66,21 @@ def test_goal_at_rest_is_an_equilibrium(system):
     np.testing.assert_allclose(system.plant_step(x, u, 0, theta), x, atol=1e-12)
 
 
-@all_systems
+# The golden data has solutions of the other two.
+@pytest.mark.parametrize(
+    "system",
+    [cartpole, linear, pytest.param(pendulum, marks=pytest.mark.slow), pytest.param(quadrotor, marks=pytest.mark.slow)],
+    ids=["cartpole", "linear", "pendulum", "quadrotor"],
+)
 def test_problem_solves_from_sampled_states(system, key):
     problem, theta = system.problem(horizon=8), system.default_theta()
     if system is quadrotor:
         theta = theta._replace(goal=jnp.asarray([0.2, -0.2, 0.2]))
-    x0s = jax.vmap(system.sample_x0)(jax.random.split(key, 3))
-    sols = jax.vmap(lambda x0: sartor.solve(problem, theta, x0, throw=False))(x0s)
-    assert jnp.all(sols.successful)
-    rolled = jax.vmap(lambda x0, us: sartor.rollout(problem, theta, x0, us))(x0s, sols.us)
-    np.testing.assert_allclose(rolled, sols.xs, atol=1e-6)
-    assert jnp.all((sols.us >= problem.u_min) & (sols.us <= problem.u_max))
+    for key_x0 in jax.random.split(key, 3):
+        x0 = system.sample_x0(key_x0)
+        sol = sartor.solve(problem, theta, x0)
+        np.testing.assert_allclose(sartor.rollout(problem, theta, x0, sol.us), sol.xs, atol=1e-6)
+        assert jnp.all((sol.us >= problem.u_min) & (sol.us <= problem.u_max))
 
 
 @pytest.mark.parametrize("system", [pendulum, quadrotor], ids=["pendulum", "quadrotor"])
@@ -128,8 +132,8 @@ def test_quadrotor_follows_newton_and_euler(key):
     """Rotation matrices and their derivative R' = R [w]×, instead of Euler angle rates."""
     mass, J = 1.1, np.diag([0.011, 0.009, 0.021])
     theta = quadrotor.Theta(*jnp.asarray([mass, *np.diag(J)]), jnp.zeros(3))
-    for key in jax.random.split(key, 4):
-        x, u = np.asarray(quadrotor.sample_x0(key)), np.array([1.0, 2.0, 3.0, 2.5])
+    for key_x0 in jax.random.split(key, 4):
+        x, u = np.asarray(quadrotor.sample_x0(key_x0)), np.array([1.0, 2.0, 3.0, 2.5])
         R = Rotation.from_euler("ZYX", x[[5, 4, 3]]).as_matrix()
         w = x[9:]
         torque = np.array([0.2 * (u[1] - u[3]), 0.2 * (u[2] - u[0]), 0.05 * (u[0] - u[1] + u[2] - u[3])])

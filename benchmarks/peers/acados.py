@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from problems import Problem
 
 from peers import PeerUnavailable, Trajectories
+from problems import Problem
 
 _numbers = itertools.count()
 
@@ -163,9 +163,7 @@ def _formulate(template, problem: Problem):
     ocp = template.AcadosOcp()
     model = ocp.model
     model.name = f"{problem.name}{next(_numbers)}".replace(" ", "_")
-    model.x, model.u, model.p = (
-        ca.SX.sym(s, n) for s, n in (("x", nx), ("u", nu), ("p", len(problem.theta)))
-    )
+    model.x, model.u, model.p = (ca.SX.sym(s, n) for s, n in (("x", nx), ("u", nu), ("p", len(problem.theta))))
     right_hand_side = problem.step if problem.ode is None else problem.ode
     expression = ca.vertcat(*right_hand_side(*map(ca.vertsplit, (model.x, model.u, model.p)), ca))
     if problem.ode is None:
@@ -179,9 +177,7 @@ def _formulate(template, problem: Problem):
     ocp.parameter_values = np.array(problem.theta)
     cost, constraints = ocp.cost, ocp.constraints
     cost.cost_type = cost.cost_type_e = "LINEAR_LS"
-    cost.W = (
-        np.diag(np.concatenate([problem.q, problem.r])) / problem.dt
-    )  # acados multiplies by the time step
+    cost.W = np.diag(np.concatenate([problem.q, problem.r])) / problem.dt  # acados multiplies by the time step
     cost.W_e = np.diag(problem.q_terminal)
     cost.Vx, cost.Vu, cost.Vx_e = np.eye(nx + nu, nx), np.eye(nx + nu, nu, -nx), np.eye(nx)
     cost.yref, cost.yref_e = np.zeros(nx + nu), np.zeros(nx)

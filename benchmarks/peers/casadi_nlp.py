@@ -8,9 +8,9 @@ import shutil
 import time
 
 import numpy as np
-from problems import Problem
 
 from peers import PeerUnavailable, Trajectories
+from problems import Problem
 
 try:
     import casadi as ca
@@ -20,9 +20,7 @@ except ImportError as error:
 
 def step_function(problem: Problem) -> ca.Function:
     """`Problem.step` as a function (x, u, theta) -> x_next."""
-    x, u, theta = (
-        ca.SX.sym(s, n) for s, n in (("x", problem.nx), ("u", problem.nu), ("p", len(problem.theta)))
-    )
+    x, u, theta = (ca.SX.sym(s, n) for s, n in (("x", problem.nx), ("u", problem.nu), ("p", len(problem.theta))))
     step = problem.step(ca.vertsplit(x), ca.vertsplit(u), ca.vertsplit(theta), ca)
     return ca.Function("step", [x, u, theta], [ca.vertcat(*step)])
 
@@ -39,9 +37,7 @@ class CasadiNLP:
         max_steps: int = 500,
     ):
         if not ca.has_nlpsol(plugin):
-            raise PeerUnavailable(
-                f"casadi {ca.__version__} has no plugin {plugin!r}; reinstall it after acados"
-            )
+            raise PeerUnavailable(f"casadi {ca.__version__} has no plugin {plugin!r}; reinstall it after acados")
         if jit and shutil.which("gcc") is None:
             raise PeerUnavailable("casadi's jit needs gcc")
         start = time.perf_counter()
@@ -76,9 +72,7 @@ class CasadiNLP:
             xs, us = np.repeat(x0s[:, None], n + 1, axis=1), np.tile(problem.u_ref, (batch, n, 1))
         else:
             xs, us = guess
-        starts = np.concatenate(
-            [np.concatenate([xs[:, :-1], us], axis=2).reshape(batch, -1), xs[:, -1]], axis=1
-        )
+        starts = np.concatenate([np.concatenate([xs[:, :-1], us], axis=2).reshape(batch, -1), xs[:, -1]], axis=1)
         solutions, stats, seconds = [], [], 0.0
         for x0, theta, start in zip(x0s, thetas, starts, strict=True):
             begin = time.perf_counter()

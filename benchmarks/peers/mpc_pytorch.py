@@ -12,9 +12,9 @@ import io
 import time
 
 import numpy as np
-from problems import Problem, linear_matrices
 
 from peers import Gradient, PeerUnavailable, Trajectories
+from problems import Problem, linear_matrices
 
 try:
     import torch
@@ -94,12 +94,8 @@ class MPCPytorch:
         u_init = u_ref.expand(n + 1, batch, problem.nu).clone()
         if guess is not None:
             u_init[:n] = torch.tensor(guess[1]).transpose(0, 1)
-        box = [
-            torch.tensor(bound).expand(n + 1, batch, problem.nu) for bound in (problem.u_min, problem.u_max)
-        ]
-        solver = _CountingMPC(
-            problem.nx, problem.nu, n + 1, *box, u_init=u_init, n_batch=batch, **self._options
-        )
+        box = [torch.tensor(bound).expand(n + 1, batch, problem.nu) for bound in (problem.u_min, problem.u_max)]
+        solver = _CountingMPC(problem.nx, problem.nu, n + 1, *box, u_init=u_init, n_batch=batch, **self._options)
         with self._counting_failures():
             xs, us, _ = solver(torch.tensor(x0s), self._cost, _dynamics(problem, thetas))
         seconds = time.perf_counter() - start

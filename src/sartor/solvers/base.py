@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
+from sartor.kkt import Expansion
 from sartor.problem import Problem, Theta
 from sartor.solution import Solution
 
@@ -116,3 +117,14 @@ def _is_none(value: Any) -> bool:
 def kkt_tolerance(tol: float, dtype: Any) -> float:
     """The tolerance asked for, or what rounding leaves in float32."""
     return max(tol, 2e3 * float(jnp.finfo(dtype).eps))
+
+
+def least_delta(expansion: Expansion) -> Array:
+    """The least multiple of the identity worth adding to a Hessian."""
+    return 1e-5 * (jnp.max(jnp.abs(jnp.diagonal(expansion.lq.Q, axis1=1, axis2=2))) + 1e-6)
+
+
+def next_delta(delta: Array, alpha: Array, smallest: Array) -> Array:
+    """Levenberg's rule: more regularisation after a step that was cut short, less after a full one."""
+    more, less = jnp.maximum(8.0 * delta, 10.0 * smallest), 0.125 * delta
+    return jnp.where(alpha < 0.25, more, jnp.where(alpha < 1.0, delta, jnp.where(less < smallest, 0.0, less)))

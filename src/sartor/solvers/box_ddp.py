@@ -22,7 +22,7 @@ from sartor.kkt import Expansion, Point
 from sartor.problem import Problem, Theta, rollout, total_cost
 from sartor.riccati import eliminate
 from sartor.solution import RESULTS, Rows, Solution, Stats
-from sartor.solvers.base import AbstractSolver, kkt_tolerance
+from sartor.solvers.base import AbstractSolver, kkt_tolerance, least_delta, next_delta
 
 _STEP_LENGTHS = (1.0, 0.4, 0.15, 0.05, 0.01, 0.001)
 
@@ -53,7 +53,8 @@ class BoxDDPState(NamedTuple):
     duals: Point
     kkt_norm: Float[Array, ""]
     # regularisation
-    delta: Float[Array, ""]
+    delta: Float[Array, ""]  # multiple of the identity in use
+    alpha: Float[Array, ""]  # length of the last step
     stalled: Int[Array, ""]
     finite: Bool[Array, ""]
     num_steps: Int[Array, ""]
@@ -66,8 +67,8 @@ class BoxDDP(AbstractSolver):
     """
 
     curvature: Literal["exact", "gauss_newton"] = "exact"
-    """Second derivatives of the dynamics ("exact", DDP) or none ("gauss_newton", iLQR). Where the exact Q_uu is not
-    positive definite, a step without them, regularised as it must be, takes its place."""
+    """Second derivatives of the dynamics ("exact", DDP) or none ("gauss_newton", iLQR). Where some Q_uu is not positive
+    definite, a multiple of the identity is added, the smallest found that does."""
     tol: float = 1e-8
     """Largest entry of the KKT residual at which a solve counts as successful; float32 adds a rounding floor."""
     max_steps: int = 200
@@ -88,14 +89,14 @@ class BoxDDP(AbstractSolver):
         zero = jnp.zeros((), x0.dtype)
         duals = Point(guess.us, xs, guess.lams, guess.mus, guess.slacks)
         return BoxDDPState(
-            guess.us, xs, guess.lams, duals, zero + jnp.inf, delta=zero, stalled=jnp.asarray(0),
+            guess.us, xs, guess.lams, duals, zero + jnp.inf, delta=zero, alpha=zero + 1.0, stalled=jnp.asarray(0),
             finite=jnp.all(jnp.isfinite(xs)), num_steps=jnp.asarray(0),
         )  # fmt: skip
 
     def step(self, problem: Problem, theta: Theta, x0: Array, state: BoxDDPState, unroll: bool) -> BoxDDPState:
         duals = Point(state.us, state.xs, state.lams, state.duals.mus, state.duals.slacks)
         expansion = kkt.expand(problem, theta, x0, duals, self.curvature == "exact")
-        backward = _backward(problem, expansion, state)
+        backward, delta = _definite_backward(problem, expansion, state)
         duals = _with_multipliers(problem, state, backward, expansion)
         norm = kkt.kkt_norm(kkt.expanded_residual(problem, expansion, duals))
         finite = jnp.isfinite(norm) & jnp.all(jnp.isfinite(expansion.lq.Q))
@@ -104,10 +105,10 @@ class BoxDDP(AbstractSolver):
         accepted = jnp.all(backward.definite) & (alpha > 0) & ~settled
         lams = _predicted_costates(backward, expansion, xs - state.xs)
         keep = lambda new, old: jnp.where(accepted, new, old)
-        delta = _next_delta(expansion, state.delta, accepted & (alpha > 0.3))
         progress = accepted & ((norm < 0.99 * state.kkt_norm) | (cost < expansion.cost))
         return BoxDDPState(
-            keep(us, state.us), keep(xs, state.xs), jnp.where(accepted, lams, duals.lams), duals, norm, delta,
+            keep(us, state.us), keep(xs, state.xs), jnp.where(accepted, lams, duals.lams), duals, norm,
+            delta, alpha=jnp.where(accepted, alpha, 0.0),
             stalled=jnp.where(progress, 0, state.stalled + 1), finite=finite,
             num_steps=state.num_steps + jnp.where(settled, 0, 1),
         )  # fmt: skip
@@ -125,12 +126,25 @@ class BoxDDP(AbstractSolver):
         return Solution(**duals._asdict(), cost=cost, tau=jnp.zeros((), x0.dtype), result=result, stats=stats)
 
 
-def _backward(problem: Problem, expansion: Expansion, state: BoxDDPState) -> Backward:
+def _definite_backward(problem: Problem, expansion: Expansion, state: BoxDDPState) -> tuple[Backward, Array]:
+    """The backward pass with the smallest regularisation found that makes every Q_uu positive definite."""
+    smallest = jax.lax.stop_gradient(least_delta(expansion))
+    first = next_delta(state.delta, state.alpha, smallest)
+    retry = jnp.maximum(state.delta / 3.0, smallest)
+
+    def again(carry):
+        delta, _ = carry
+        delta = jnp.where(delta < 0, first, jnp.maximum(retry, 8.0 * delta))
+        return delta, jnp.all(_backward(problem, *jax.lax.stop_gradient((expansion, state.us)), delta).definite)
+
+    lacking = lambda carry: ~carry[1] & (carry[0] < 1e12 * smallest)
+    delta, _ = jax.lax.while_loop(lacking, again, (-jnp.ones_like(first), jnp.asarray(False)))
+    return _backward(problem, expansion, state.us, delta), delta
+
+
+def _backward(problem: Problem, expansion: Expansion, us: Array, delta: Array) -> Backward:
     """The recursion from the last stage to the first, with a box QP at each."""
-    lq = expansion.lq
-    if expansion.bending is not None:
-        exact = kkt.with_bending(expansion)
-        lq = jax.tree.map(lambda cost, bent: jnp.where(state.delta > 0, cost, bent), lq, exact)
+    lq = expansion.lq if expansion.bending is None else kkt.with_bending(expansion)
 
     def stage(carry, inputs):
         P, p, lam = carry
@@ -138,9 +152,9 @@ def _backward(problem: Problem, expansion: Expansion, state: BoxDDPState) -> Bac
         gradient, lam = r + B.T @ lam, q + A.T @ lam
         Q_x, Q_u = q + A.T @ p, r + B.T @ p
         Q_uu, Q_ux, Q_xx = R + B.T @ P @ B, S + B.T @ P @ A, Q + A.T @ P @ A
-        shifted = state.delta * B.T
+        shifted = delta * B.T
         kff, K, definite = box_qp(
-            Q_uu + shifted @ B + state.delta * jnp.eye(u.shape[0], dtype=u.dtype),
+            Q_uu + shifted @ B + delta * jnp.eye(u.shape[0], dtype=u.dtype),
             Q_u, Q_ux + shifted @ A, problem.u_min - u, problem.u_max - u,
         )  # fmt: skip
         P = Q_xx + K.T @ Q_uu @ K + K.T @ Q_ux + Q_ux.T @ K
@@ -149,7 +163,7 @@ def _backward(problem: Problem, expansion: Expansion, state: BoxDDPState) -> Bac
         return (P, p, lam), Backward(kff, K, P, p, lam, gradient, Q_u @ kff, definite)
 
     last = lq._replace(Q=lq.Q[:-1], q=lq.q[:-1])
-    return jax.lax.scan(stage, (lq.Q[-1], lq.q[-1], lq.q[-1]), (last, state.us), reverse=True)[1]
+    return jax.lax.scan(stage, (lq.Q[-1], lq.q[-1], lq.q[-1]), (last, us), reverse=True)[1]
 
 
 def box_qp(
@@ -255,10 +269,3 @@ def _line_search(
 def _predicted_costates(backward: Backward, expansion: Expansion, dx: Array) -> Array:
     lams = jnp.einsum("kxy,ky->kx", backward.P, dx[:-1]) + backward.p
     return jnp.concatenate([lams, (expansion.lq.Q[-1] @ dx[-1] + expansion.lq.q[-1])[None]])
-
-
-def _next_delta(expansion: Expansion, delta: Array, good: Array) -> Array:
-    """More regularisation after a step that failed or was cut short, less after a good one."""
-    scale = jnp.max(jnp.abs(jnp.diagonal(expansion.lq.Q, axis1=1, axis2=2))) + 1e-6
-    more = jnp.clip(4.0 * delta, 1e-6 * scale, 1e6 * scale)
-    return jax.lax.stop_gradient(jnp.where(good, jnp.where(delta > 1e-6 * scale, 0.25 * delta, 0.0), more))

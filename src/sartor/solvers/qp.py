@@ -51,8 +51,10 @@ class QPState(NamedTuple):
     """The carry of the interior-point iteration."""
 
     point: Interior
-    fallback: Bool[Array, ""]
-    """Whether the exact Hessian was found indefinite, and that of the cost is in use."""
+    K: Float[Array, "N nu nx"]
+    """Feedback of the controls to the states in the last step."""
+    delta: Float[Array, ""]
+    """Multiple of the identity added to the Hessian so far."""
     infeasibility: Float[Array, ""]
     """What is left of the initial residual of the linear equations, as a fraction."""
     regular: Bool[Array, ""]
@@ -65,33 +67,33 @@ def solve_qp(
     rules: Rules,
     start: Interior,
     tau: Array,
-    delta: Array,
+    deltas: tuple[Array, Array],
     max_steps: int,
     unroll: bool,
 ) -> QPState:
     """Solve (D5) from an interior point; `expansion.lq` gives H, `expansion.rows` g and `expansion.jacobian` G.
 
-    With `expansion.bending` H is the exact Hessian. Once that turns out indefinite on the feasible directions, the
-    iteration starts anew with the Hessian of the cost.
+    With `expansion.bending` H is the exact Hessian. Where H is not positive definite on the feasible directions, the
+    iteration starts anew with a multiple of the identity added to it, and a larger one until it is.
 
     Args:
         expansion: The problem, in deviations from a trajectory.
         rules: Kinds of the rows.
         start: Starting point with mus, slacks > 0; it need not satisfy any equation.
         tau: Complementarity μt = sν = τ to be reached.
-        delta: Multiple of the identity to be added to H; where it is positive, H is that of the cost.
+        deltas: Multiple of the identity to begin with, and the one to try first where that does not do.
         max_steps: Limit of interior-point steps.
         unroll: Take exactly `max_steps` steps, in a loop that reverse mode can differentiate.
 
-    Fails: never raises; `regular` is False where no Hessian was positive definite on the feasible directions.
+    Fails: never raises; `regular` is False where no multiple made H positive definite.
     """
-    lq, g = expansion.lq, pack(expansion.rows)
-    regularised = lq._replace(Q=lq.Q + delta * _eye(lq.q), R=lq.R + delta * _eye(lq.r))
-    exact = regularised if expansion.bending is None else with_bending(expansion)
+    g = pack(expansion.rows)
+    lq = expansion.lq if expansion.bending is None else with_bending(expansion)
+    largest = 1e8 * (jnp.max(jnp.abs(lq.Q)) + jnp.max(jnp.abs(lq.R)))
 
     def step(state: QPState) -> QPState:
         point = state.point
-        H = jax.tree.map(lambda cost, bent: jnp.where(state.fallback, cost, bent), regularised, exact)
+        H = lq._replace(Q=lq.Q + state.delta * _eye(lq.q), R=lq.R + state.delta * _eye(lq.r))
         D = row_curvature(rules, point)
         factors = factor(add_row_curvature(H, expansion.jacobian, unpack(D, expansion.rows)))
 
@@ -116,21 +118,16 @@ def solve_qp(
         (change, *_), alphas = jax.lax.scan(predict_and_correct, (point, tau * 0.0, none, none), length=2)
         moved = _move(point, change, alphas[1])
         regular = factors.regular & jnp.all(jnp.isfinite(moved.us))
-        restart = ~regular & ~state.fallback
+        larger = jnp.maximum(deltas[1], 8.0 * state.delta)
+        restart = ~regular & (larger < largest)
         infeasibility = jnp.where(restart, 1.0, state.infeasibility * (1.0 - alphas[1]))
         done = (complementarity(rules, moved) <= 3.0 * tau) & (infeasibility <= 1e-6)
         moved = jax.tree.map(lambda begin, now: jnp.where(restart, begin, now), start, moved)
-        return QPState(
-            moved,
-            state.fallback | restart,
-            infeasibility,
-            regular | restart,
-            done & regular,
-            state.num_steps + 1,
-        )
+        delta = jnp.where(restart, larger, state.delta)
+        return QPState(moved, factors.K, delta, infeasibility, regular | restart, done & regular, state.num_steps + 1)
 
-    always = (delta > 0) | jnp.asarray(expansion.bending is None)
-    begin = QPState(start, always, jnp.ones_like(tau), jnp.asarray(True), jnp.asarray(False), jnp.asarray(0))
+    no_feedback, yes = jnp.zeros_like(lq.S), jnp.asarray(True)
+    begin = QPState(start, no_feedback, deltas[0], jnp.ones_like(tau), yes, ~yes, jnp.asarray(0))
     return loop(step, lambda state: ~state.done & state.regular, begin, max_steps, unroll)
 
 

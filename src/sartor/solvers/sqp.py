@@ -23,8 +23,8 @@ from sartor import kkt
 from sartor.kkt import Expansion, Point
 from sartor.problem import Problem, Theta, penalty, total_cost
 from sartor.solution import RESULTS, Rows, Solution, Stats
-from sartor.solvers.base import AbstractSolver, kkt_tolerance
-from sartor.solvers.qp import Interior, Rules, center, pack, solve_qp, unpack
+from sartor.solvers.base import AbstractSolver, kkt_tolerance, least_delta, next_delta
+from sartor.solvers.qp import Interior, QPState, Rules, center, pack, solve_qp, unpack
 
 _RHO_START, _RHO_END = 1e3, 1e9
 
@@ -36,7 +36,8 @@ class SQPState(NamedTuple):
     point: Point
     kkt_norm: Float[Array, ""]  # at the point before the last move; a converged point does not move
     # globalisation
-    delta: Float[Array, ""]  # multiple of the identity added to the Hessian
+    delta: Float[Array, ""]  # multiple of the identity added to the Hessian in the last QP
+    alpha: Float[Array, ""]  # its step length
     rho: Float[Array, ""]  # penalty of hard path rows
     omega: Float[Array, "N+1 nx"]  # penalties of the defects
     stalled: Int[Array, ""]  # steps in a row without progress
@@ -54,8 +55,8 @@ class SQP(AbstractSolver):
     """
 
     curvature: Literal["exact", "gauss_newton"] = "exact"
-    """Hessian of the QPs: of the Lagrangian, or of the cost alone. With "exact", a step at which it is not positive
-    definite on the feasible directions uses that of the cost, regularised as it must be."""
+    """Hessian of the QPs: of the Lagrangian, or of the cost alone. Where it is not positive definite on the feasible
+    directions, a multiple of the identity is added, the smallest found that does."""
     tau: float = 0.0
     """Barrier: the solution satisfies μt = τ for every inequality, and is smooth in all parameters if τ > 0."""
     tol: float = 1e-8
@@ -81,7 +82,7 @@ class SQP(AbstractSolver):
         point = Point(guess.us, guess.xs, guess.lams, guess.mus, guess.slacks)
         zero, yes = jnp.zeros((), x0.dtype), jnp.asarray(True)
         return SQPState(
-            point, zero + jnp.inf, delta=zero, rho=zero + _RHO_START, omega=jnp.zeros_like(point.xs),
+            point, zero + jnp.inf, delta=zero, alpha=zero + 1.0, rho=zero + _RHO_START, omega=jnp.zeros_like(point.xs),
             stalled=jnp.asarray(0), finite=yes, solved=yes, num_steps=jnp.asarray(0), num_inner_steps=jnp.asarray(0),
         )  # fmt: skip
 
@@ -92,19 +93,23 @@ class SQP(AbstractSolver):
         rules = _rules(problem, expansion.rows, state.rho)
         start = self._warm_start(expansion, norm, rules, state.point)
         tau = jnp.clip(1e-2 * jnp.minimum(norm, norm**2), self._tau_end(x0), 1e-4)
-        qp = solve_qp(expansion, rules, start, tau, state.delta, self.max_inner_steps, unroll)
+        deltas = _deltas(expansion, state)
+        qp = solve_qp(expansion, rules, start, tau, deltas, self.max_inner_steps, unroll)
         omega = jnp.maximum(jnp.abs(qp.point.lams), 0.5 * (state.omega + jnp.abs(qp.point.lams)))
-        alpha = self._line_search(problem, theta, x0, expansion, rules, state.point, qp.point, omega)
         settled = ~finite | (norm <= kkt_tolerance(self.tol, norm.dtype)) & ~unroll
-        alpha = jax.lax.stop_gradient(jnp.where(qp.regular & ~settled, alpha, 0.0))
+        merit = Merit(problem, theta, x0, rules, omega)
+        alpha, us, xs = self._line_search(merit, expansion, state.point, qp, unroll)
+        alpha = jnp.where(qp.regular & ~settled, alpha, 0.0)
+        moving = jnp.max(jnp.abs(us - state.point.us)) > 1e-6 * (1.0 + jnp.max(jnp.abs(us)))
         violated = jnp.max(qp.point.violations, initial=0.0) > 1e-9
         return SQPState(
-            _move(problem, state.point, qp.point, alpha),
+            _move(problem, state.point, qp.point, us, xs, alpha),
             norm,
-            delta=_next_delta(state.delta, alpha, expansion),
+            delta=jax.lax.stop_gradient(qp.delta),
+            alpha=alpha,
             rho=jnp.where(violated & (alpha > 0), jnp.minimum(10.0 * state.rho, _RHO_END), state.rho),
             omega=omega,
-            stalled=jnp.where((alpha > 0) & (norm < 0.99 * state.kkt_norm), 0, state.stalled + 1),
+            stalled=jnp.where((norm < 0.99 * state.kkt_norm) | moving, 0, state.stalled + 1),
             finite=finite,
             solved=qp.done,
             num_steps=state.num_steps + jnp.where(settled, 0, 1),
@@ -112,7 +117,7 @@ class SQP(AbstractSolver):
         )
 
     def running(self, state: SQPState) -> Array:
-        return state.finite & (state.kkt_norm > kkt_tolerance(self.tol, state.kkt_norm.dtype)) & (state.stalled < 30)
+        return state.finite & (state.kkt_norm > kkt_tolerance(self.tol, state.kkt_norm.dtype)) & (state.stalled < 20)
 
     def finish(self, problem: Problem, theta: Theta, x0: Array, state: SQPState) -> Solution:
         point = state.point
@@ -137,63 +142,104 @@ class SQP(AbstractSolver):
         return Interior(jnp.zeros_like(point.us), jnp.zeros_like(point.xs), point.lams, *inside)
 
     def _line_search(
-        self,
-        problem: Problem,
-        theta: Theta,
-        x0: Array,
-        expansion: Expansion,
-        rules: Rules,
-        point: Point,
-        solved: Interior,
-        omega: Array,
-    ) -> Array:
-        """The largest α in 1, ½, ¼, ... at which (D6) falls as it should; 0 if there is none."""
+        self, merit: "Merit", expansion: Expansion, point: Point, qp: QPState, unroll: bool
+    ) -> tuple[Array, Array, Array]:
+        """The largest α in 1, ½, ¼, ... at which (D6) falls as it should, and the trajectory there; 0 if there is none.
+
+        Two trajectories are tried at each α: the straight step, and the rollout of its controls with the feedback of
+        the QP, which takes the curvature of the dynamics out of the step (a second-order correction).
+        """
+        whole = point.us + qp.point.us, point.xs + qp.point.xs
         if self.real_time:
-            return jnp.ones((), x0.dtype)
-        lq = expansion.lq
-        bare = kkt.without_rows(problem)
+            return jnp.ones_like(qp.delta), *whole
+        old, slope = merit.at(expansion), merit.slope(expansion, qp.point)
+        noise = 100 * jnp.finfo(old.dtype).eps * (jnp.abs(old) + 1.0)
 
-        def elastic(h: Rows) -> Array:
-            return jnp.sum(jnp.where(rules.hard, 0.0, penalty(pack(h), rules.linear, rules.quadratic)))
+        def attempt(search):
+            alpha, _, us, xs = search
+            alpha = 0.5 * alpha
+            straight = point.us + alpha * qp.point.us, point.xs + alpha * qp.point.xs
+            rolled = merit.rollout(*straight, qp.K)
+            us, xs = (jnp.stack(pair) for pair in zip(straight, rolled, strict=True))
+            values = jax.vmap(merit.value)(us, xs)
+            values = jnp.where(jnp.isfinite(values), values, jnp.inf)
+            best = jnp.argmin(values)
+            return alpha, values[best] <= old + 1e-4 * alpha * slope + noise, us[best], xs[best]
 
-        def merit(us, xs):
-            gap = jnp.abs(kkt.dynamics_gap(problem, theta, x0, xs, us))
-            return total_cost(bare, theta, xs, us) + elastic(kkt.rows(problem, theta, xs, us)) + jnp.sum(omega * gap)
-
-        gap = jnp.sum(omega * jnp.abs(jnp.concatenate([expansion.x0_gap[None], lq.c])))
-        ahead = jax.tree.map(jnp.add, expansion.rows, kkt.rows_tangent(expansion.jacobian, solved.us, solved.xs))
-        before = elastic(expansion.rows)
-        old = expansion.cost + before + gap
-        slope = jnp.sum(lq.q * solved.xs) + jnp.sum(lq.r * solved.us) + elastic(ahead) - before - gap
-        noise = 100 * jnp.finfo(x0.dtype).eps * (jnp.abs(old) + 1.0)
-
-        def too_long(alpha):
-            new = merit(point.us + alpha * solved.us, point.xs + alpha * solved.xs)
-            return ~(new <= old + 1e-4 * alpha * slope + noise) & (alpha > 1e-8)
-
-        start = jax.lax.stop_gradient(jnp.where(slope <= noise, 1.0, 0.0))
-        alpha = jax.lax.while_loop(too_long, lambda alpha: 0.5 * alpha, start)
-        return jnp.where(alpha > 1e-8, alpha, 0.0)
+        begin = (jnp.full_like(old, 2.0), slope > noise, point.us, point.xs)
+        begin = jax.lax.stop_gradient(begin)
+        alpha, _, us, xs = jax.lax.while_loop(lambda search: ~search[1] & (search[0] > 1e-8), attempt, begin)
+        alpha = jax.lax.stop_gradient(jnp.where((alpha > 1e-8) & (slope <= noise), alpha, 0.0))
+        if unroll:
+            return alpha, point.us + alpha * qp.point.us, point.xs + alpha * qp.point.xs
+        return alpha, us, xs
 
 
-def _move(problem: Problem, point: Point, solved: Interior, alpha: Array) -> Point:
-    blend = lambda old, new: jnp.where(alpha > 0, old + alpha * (new - old), old)
-    us = blend(point.us, point.us + solved.us)
+class Merit(NamedTuple):
+    """The penalty function (D6)."""
+
+    problem: Problem
+    theta: Theta
+    x0: Array
+    rules: Rules
+    omega: Array
+
+    def value(self, us: Array, xs: Array) -> Float[Array, ""]:
+        """φ of a trajectory."""
+        problem, theta = self.problem, self.theta
+        gap = jnp.sum(self.omega * jnp.abs(kkt.dynamics_gap(problem, theta, self.x0, xs, us)))
+        rows = self.elastic(kkt.rows(problem, theta, xs, us))
+        return total_cost(kkt.without_rows(problem), theta, xs, us) + rows + gap
+
+    def at(self, expansion: Expansion) -> Float[Array, ""]:
+        """φ at the point of an expansion."""
+        return expansion.cost + self.elastic(expansion.rows) + self.gap(expansion)
+
+    def slope(self, expansion: Expansion, step: Interior) -> Float[Array, ""]:
+        """An upper bound of the directional derivative of φ along a solution of the QP."""
+        ahead = jax.tree.map(jnp.add, expansion.rows, kkt.rows_tangent(expansion.jacobian, step.us, step.xs))
+        rows = self.elastic(ahead) - self.elastic(expansion.rows)
+        return jnp.sum(expansion.lq.q * step.xs) + jnp.sum(expansion.lq.r * step.us) + rows - self.gap(expansion)
+
+    def gap(self, expansion: Expansion) -> Float[Array, ""]:
+        """Weighted defects of the dynamics."""
+        return jnp.sum(self.omega * jnp.abs(jnp.concatenate([expansion.x0_gap[None], expansion.lq.c])))
+
+    def elastic(self, h: Rows) -> Float[Array, ""]:
+        """Penalties of the soft and hard path rows."""
+        return jnp.sum(jnp.where(self.rules.hard, 0.0, penalty(pack(h), self.rules.linear, self.rules.quadratic)))
+
+    def rollout(self, us: Array, xs: Array, K: Array) -> tuple[Array, Array]:
+        """The trajectory that follows the dynamics around a step that does not."""
+        problem = self.problem
+
+        def advance(x, stage):
+            u, x_step, K, k = stage
+            u = jnp.clip(u + K @ (x - x_step), problem.u_min, problem.u_max)
+            x_next = problem.dynamics(x, u, k, self.theta)
+            return x_next, (u, x_next)
+
+        _, (us, x_next) = jax.lax.scan(advance, self.x0, (us, xs[:-1], K, jnp.arange(problem.horizon)))
+        return us, jnp.concatenate([self.x0[None], x_next])
+
+
+def _move(problem: Problem, point: Point, solved: Interior, us: Array, xs: Array, alpha: Array) -> Point:
+    moved = alpha > 0
+    blend = lambda old, new: jnp.where(moved, old + alpha * (new - old), old)
     return Point(
-        jnp.clip(us, problem.u_min, problem.u_max),
-        blend(point.xs, point.xs + solved.xs),
+        jnp.clip(jnp.where(moved, us, point.us), problem.u_min, problem.u_max),
+        jnp.where(moved, xs, point.xs),
         blend(point.lams, solved.lams),
         jax.tree.map(blend, point.mus, unpack(solved.mus, point.mus)),
         jax.tree.map(blend, point.slacks, unpack(solved.slacks, point.slacks)),
     )
 
 
-def _next_delta(delta: Array, alpha: Array, expansion: Expansion) -> Array:
-    """More regularisation after a step that failed or was cut short, less after a full one."""
-    scale = jnp.max(jnp.abs(jnp.diagonal(expansion.lq.Q, axis1=1, axis2=2))) + 1e-6
-    more = jnp.clip(10.0 * delta, 1e-4 * scale, 1e6 * scale)
-    less = jnp.where(delta > 1e-5 * scale, 0.1 * delta, 0.0)
-    return jax.lax.stop_gradient(jnp.where(alpha < 0.05, more, jnp.where(alpha > 0.5, less, delta)))
+def _deltas(expansion: Expansion, state: SQPState) -> tuple[Array, Array]:
+    """Regularisation to begin a QP with, and to try if that is too little; `next_delta` has the rule."""
+    smallest = least_delta(expansion)
+    begin = next_delta(state.delta, state.alpha, smallest)
+    return jax.lax.stop_gradient((begin, jnp.maximum(state.delta / 3.0, smallest)))
 
 
 def _rules(problem: Problem, rows: Rows, rho: Array) -> Rules:
