@@ -26,7 +26,6 @@ BOX_PROBLEMS = {
     "unstable_linear": problems.unstable_linear,
 }
 SOLVERS = {"SQP": sartor.SQP, "BoxDDP": sartor.BoxDDP}
-INNER_STEPS = (8, 12, 40)  # limits on the interior-point steps of a real-time iteration
 _DISTURBANCE = 0.01  # standard deviation of what a plant adds to the state between two control steps
 
 
@@ -184,14 +183,19 @@ def _same(row: Row, other: Row) -> bool:
 # --- quadrotor -----------------------------------------------------------------------------------
 
 
-def cold_rows(batch: int, peers: list, repetitions: int, limit: float) -> list[Row]:
-    """The quadrotor from the same guess for all: hovering at x0."""
+def quadrotor_solvers(curvatures: Iterable[str]) -> list[Sartor]:
+    """SQP on the quadrotor, the exact Hessian first."""
     problem = problems.quadrotor()
+    return [Sartor(problem, sartor.SQP(curvature=c), f"sartor SQP {c.replace('_', '-')}") for c in curvatures]
+
+
+def cold_rows(batch: int, ours: list[Sartor], peers: list, repetitions: int, limit: float) -> list[Row]:
+    """The quadrotor from the same guess for all: hovering at x0."""
+    problem = ours[0].problem
     x0s, thetas = sample(problem, batch)
     guess = _hovering(problem, x0s)
     rows, calls = {}, {}
-    for curvature in ("exact", "gauss_newton"):
-        solver = Sartor(problem, sartor.SQP(curvature=curvature), f"sartor SQP {curvature}")
+    for solver in ours:
         rows[solver.name] = _our_row(solver, x0s, thetas, guess, gradient=False)
         calls[solver.name] = _our_call(solver, x0s, thetas, guess, gradient=False)
     for peer, memory in peers:
@@ -221,18 +225,22 @@ def violation(problem: Problem, x0s: np.ndarray, thetas: np.ndarray, xs: np.ndar
     return float(max(0.0, *parts))
 
 
-def real_time_rows(num_samples: int, repetitions: int, peer: Any) -> list[Row]:
-    """One control step later than a solution: one Gauss-Newton real-time iteration from the shifted solution."""
-    problem = problems.quadrotor()
+def real_time_rows(
+    num_samples: int, inner_steps: Iterable[int], solver: Sartor, peer: Any, repetitions: int
+) -> list[Row]:
+    """One control step after a solution by `solver`: a Gauss-Newton real-time iteration from the shifted solution.
+
+    `inner_steps` are limits on our interior-point steps; each is measured.
+    """
+    problem = solver.problem
     x0s, thetas = sample(problem, num_samples)
-    solver = Sartor(problem, sartor.SQP())
     sol, _ = solver.timed("forward", x0s, thetas, _hovering(problem, x0s))
     noise = _DISTURBANCE * np.random.default_rng(1).normal(size=x0s.shape)
     x1s = rollout(problem, x0s, np.asarray(sol.us)[:, :1], thetas)[:, 1] + noise
     guess = tuple(np.asarray(leaf) for leaf in (jax.vmap(sartor.shift)(sol).xs, jax.vmap(sartor.shift)(sol).us))
     optimum = solver.solve(x1s, thetas, guess).us[:, 0]
     samples = [jax.tree.map(lambda leaf, i=i: jnp.asarray(leaf)[i], (x1s, thetas, sol)) for i in range(num_samples)]
-    steps = {f"sartor, at most {n} inner steps": _our_real_time(problem, n, samples) for n in INNER_STEPS}
+    steps = {f"sartor, at most {n} inner steps": _our_real_time(problem, n, samples) for n in inner_steps}
     calls = {name: step for name, (step, _) in steps.items()}
     if peer is not None:
         calls["acados RTI"] = lambda i: _peer_real_time(peer, x1s[i], thetas[i], guess[0][i], guess[1][i])

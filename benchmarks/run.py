@@ -41,10 +41,12 @@ class Config:
     """Repetitions, of which the median counts."""
     timeout: float = 8.0
     """Limit [s] on the repetitions of one measurement; a call that takes longer is not repeated."""
+    inner_steps: tuple[int, ...] = (8, 12, 40)
+    """Limits on the interior-point steps of sartor's real-time iteration."""
     horizons: tuple[int, ...] = (20, 40, 80, 160)
     """Horizons of the compile times."""
     quick: bool = False
-    """A smoke test: batches 1 and 8, few repetitions, and of the problems the pendulum, linear and quadrotor."""
+    """A smoke test: batches 1 and 8, few repetitions, one solver, and only the pendulum and the quadrotor."""
     one_core: bool = True
     """Bind the whole process to one core, as ratios to peers that use one thread need. With --no-one-core sartor and
     mpc.pytorch take all cores; acados and CasADi use one thread in any case."""
@@ -82,8 +84,8 @@ def quick(config: Config) -> Config:
     """The smoke test; what was chosen on the command line stays."""
     chosen, default = asdict(config), asdict(Config())
     few: dict[str, Any] = {
-        "only": ("pendulum", "linear", "quadrotor"), "solvers": ("BoxDDP",), "batches": (1, 8), "repetitions": 3,
-        "timeout": 4.0, "horizons": (20, 80), "peers": ("mpc_analytic", "acados", "fatrop", "ipopt"),
+        "only": ("pendulum", "quadrotor"), "solvers": ("BoxDDP",), "batches": (1, 8), "repetitions": 3,
+        "timeout": 4.0, "horizons": (20, 80), "inner_steps": (12,), "peers": ("mpc_analytic", "acados", "fatrop", "ipopt"),
     }  # fmt: skip
     return Config(**(chosen | {key: value for key, value in few.items() if chosen[key] == default[key]}))
 
@@ -119,9 +121,10 @@ def measure_quadrotor(config: Config, threads: int, say: Any, out: dict[str, lis
     problem = m.problems.quadrotor()
     names = [name for name in config.peers if not name.startswith("mpc")]
     peers = list(m.make_peers(names, problem, threads, say))
+    ours = m.quadrotor_solvers(["exact"] if config.quick else ["exact", "gauss_newton"])
     for batch in (8,) if config.quick else (1, 64):
         say(f"quadrotor, cold, batch {batch}")
-        out["cold"] += m.cold_rows(batch, peers, config.repetitions, config.timeout)
+        out["cold"] += m.cold_rows(batch, ours, peers, config.repetitions, config.timeout)
     say("quadrotor, real-time step")
     peer = None
     try:
@@ -131,7 +134,8 @@ def measure_quadrotor(config: Config, threads: int, say: Any, out: dict[str, lis
             peer = Acados(problem, real_time=True)
     except PeerUnavailable as error:
         say(f"acados RTI skipped: {error}")
-    out["real_time"] = m.real_time_rows(8 if config.quick else 20, config.repetitions, peer)
+    samples = 8 if config.quick else 64
+    out["real_time"] = m.real_time_rows(samples, config.inner_steps, ours[0], peer, config.repetitions)
 
 
 # --- report --------------------------------------------------------------------------------------
@@ -265,10 +269,10 @@ XLA_FLAGS {description["threads"]["XLA_FLAGS"]}.
 turn; a call longer than {config.timeout:g} s is not repeated and its warm-up counts (1 repetition).
 
 What to distrust: the load average of the machine was {before:.1f} before and {after:.1f} after, and load from others \
-lengthens all times and the compile times most, ratios least; times of one repetition; differences between solvers that \
-stopped at different residuals or in different local minima; the time of mpc.pytorch is mostly Python and would not \
-scale with a faster processor's arithmetic; acados is the wheel of 2022, compiled for a generic processor; the gradient \
-of mpc.pytorch leaves out second derivatives of the dynamics and costs less for it.
+lengthens all times, the compile times most and ratios least; times of one repetition; differences between solvers \
+that stopped at different residuals or in different local minima; the time of mpc.pytorch is mostly Python and would \
+not scale with a faster processor's arithmetic; acados is the wheel of 2022, compiled for a generic processor; the \
+gradient of mpc.pytorch leaves out second derivatives of the dynamics and costs less for it.
 """
 
 

@@ -54,7 +54,7 @@ def number(heading: str, key: str, form: str = ".3g", scale: float = 1.0) -> Col
 def _format(value: Any, form: str, scale: float) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "-"
-    return format(value * scale, form)
+    return format(value if scale == 1.0 else value * scale, form)
 
 
 SOLVERS = [

@@ -47,10 +47,10 @@ class LQ(NamedTuple):
     A: Float[Array, "N nx nx"]
     B: Float[Array, "N nx nu"]
     c: Float[Array, "N nx"]
-    Q: Float[Array, "N+1 nx nx"]
+    Q: Float[Array, "N_plus_1 nx nx"]
     R: Float[Array, "N nu nu"]
     S: Float[Array, "N nu nx"]
-    q: Float[Array, "N+1 nx"]
+    q: Float[Array, "N_plus_1 nx"]
     r: Float[Array, "N nu"]
 
 
@@ -65,7 +65,7 @@ class Jacobian(NamedTuple):
 class Hessian(NamedTuple):
     """Blocks of a stage Hessian [Q Sᵀ; S R]."""
 
-    Q: Float[Array, "N+1 nx nx"]
+    Q: Float[Array, "N_plus_1 nx nx"]
     R: Float[Array, "N nu nu"]
     S: Float[Array, "N nu nx"]
 
@@ -115,7 +115,7 @@ def without_rows(problem: Problem) -> Problem:
     )  # fmt: skip
 
 
-def dynamics_gap(problem: Problem, theta: Theta, x0: Array, xs: Array, us: Array) -> Float[Array, "N+1 nx"]:
+def dynamics_gap(problem: Problem, theta: Theta, x0: Array, xs: Array, us: Array) -> Float[Array, "N_plus_1 nx"]:
     """Equality residuals x̂ - x_0 and f(x_k, u_k, k, θ) - x_{k+1}."""
     x_next = jax.vmap(lambda x, u, k: problem.dynamics(x, u, k, theta))(xs[:-1], us, jnp.arange(problem.horizon))
     return jnp.concatenate([x0[None], x_next]) - xs

@@ -129,7 +129,7 @@ class Problem(eqx.Module):
 
 def rollout(
     problem: Problem, theta: Theta, x0: Float[Array, " nx"], us: Float[Array, "N nu"]
-) -> Float[Array, "N+1 nx"]:
+) -> Float[Array, "N_plus_1 nx"]:
     """States x_0 = x0, x_{k+1} = f(x_k, u_k, k, θ) that the model predicts for the controls `us`.
 
     Returns: xs, shape (N+1, nx).
@@ -146,7 +146,7 @@ def rollout(
 
 
 def total_cost(
-    problem: Problem, theta: Theta, xs: Float[Array, "N+1 nx"], us: Float[Array, "N nu"]
+    problem: Problem, theta: Theta, xs: Float[Array, "N_plus_1 nx"], us: Float[Array, "N nu"]
 ) -> Float[Array, ""]:
     """J = Σ_{k<N} ℓ(x_k, u_k, k, θ) + ℓ_N(x_N, θ) + the penalties of the soft rows that are violated.
 

@@ -26,7 +26,7 @@ class Factors(NamedTuple):
     """Closed loop A + BK."""
     B: Float[Array, "N nx nu"]
     K: Float[Array, "N nu nx"]
-    P: Float[Array, "N+1 nx nx"]
+    P: Float[Array, "N_plus_1 nx nx"]
     """Value function ½ xᵀP_k x + p_kᵀx."""
     Lambda_inv: Float[Array, "N nu nu"]
     """Inverse of Λ, the Hessian of the cost-to-go in u_k."""
@@ -38,8 +38,8 @@ class Trajectory(NamedTuple):
     """A solution of (D3)."""
 
     us: Float[Array, "N nu"]
-    xs: Float[Array, "N+1 nx"]
-    lams: Float[Array, "N+1 nx"]
+    xs: Float[Array, "N_plus_1 nx"]
+    lams: Float[Array, "N_plus_1 nx"]
 
 
 def factor(lq: LQ, parallel: bool = False) -> Factors:

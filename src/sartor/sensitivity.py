@@ -28,8 +28,8 @@ class Direction(NamedTuple):
     """A vector of (D7)."""
 
     us: Float[Array, "N nu"]
-    xs: Float[Array, "N+1 nx"]
-    lams: Float[Array, "N+1 nx"]
+    xs: Float[Array, "N_plus_1 nx"]
+    lams: Float[Array, "N_plus_1 nx"]
     mus: Rows
 
 
@@ -74,10 +74,9 @@ def linearise(problem: Problem, theta: Theta, sol: Solution, curvature: Curvatur
     active, compliance, row_scale, given_scale, relaxation, strict = _active_rows(problem, expansion.rows, sol)
     small = float(jnp.finfo(sol.us.dtype).eps) ** 0.5
     hessian = jnp.maximum(jnp.max(jnp.abs(lq.Q)), jnp.max(jnp.abs(lq.R))) + small
-    squares = Rows(
-        u_min=1.0, u_max=1.0, path=jnp.sum(jacobian.x**2, -1) + jnp.sum(jacobian.u**2, -1),
-        terminal=jnp.sum(jacobian.terminal**2, -1),
-    )  # fmt: skip
+    one = jnp.ones((), sol.us.dtype)
+    path = jnp.sum(jacobian.x**2, -1) + jnp.sum(jacobian.u**2, -1)
+    squares = Rows(u_min=one, u_max=one, path=path, terminal=jnp.sum(jacobian.terminal**2, -1))
     stiffness = jax.tree.map(
         lambda on, w, square: jnp.where(on, 1.0 / (w + small * (square + small) / hessian), 0.0),
         active, compliance, squares,

@@ -4,7 +4,7 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 
 class RESULTS(eqx.Enumeration):
@@ -31,16 +31,16 @@ class RESULTS(eqx.Enumeration):
 
 
 class Rows(eqx.Module):
-    """One number for every inequality of a problem: its multiplier, its slack, or its violation."""
+    """One value for every inequality of a problem: its multiplier, its slack, its violation, or a mark."""
 
-    u_min: Float[Array, "N nu"]
-    """u_min - u_k ≤ 0."""
-    u_max: Float[Array, "N nu"]
-    """u_k - u_max ≤ 0."""
-    path: Float[Array, "N nh"]
-    """h(x_k, u_k, k, θ) ≤ 0."""
-    terminal: Float[Array, " nhN"]
-    """h_N(x_N, θ) ≤ 0."""
+    u_min: Shaped[Array, "..."]
+    """u_min - u_k ≤ 0, (N, nu)."""
+    u_max: Shaped[Array, "..."]
+    """u_k - u_max ≤ 0, (N, nu)."""
+    path: Shaped[Array, "..."]
+    """h(x_k, u_k, k, θ) ≤ 0, (N, nh)."""
+    terminal: Shaped[Array, "..."]
+    """h_N(x_N, θ) ≤ 0, (nhN,)."""
 
 
 class Stats(eqx.Module):
@@ -59,9 +59,9 @@ class Solution(eqx.Module):
 
     us: Float[Array, "N nu"]
     """Controls."""
-    xs: Float[Array, "N+1 nx"]
+    xs: Float[Array, "N_plus_1 nx"]
     """States, xs[0] = x0."""
-    lams: Float[Array, "N+1 nx"]
+    lams: Float[Array, "N_plus_1 nx"]
     """Costates λ: lams[0] belongs to x̂ - x_0 = 0 (so dJ/dx0 = lams[0]), lams[k+1] to f(x_k, u_k) - x_{k+1} = 0."""
     mus: Rows
     """Multipliers μ ≥ 0 of the inequalities."""

@@ -47,8 +47,8 @@ class BoxDDPState(NamedTuple):
 
     # the iterate
     us: Float[Array, "N nu"]
-    xs: Float[Array, "N+1 nx"]
-    lams: Float[Array, "N+1 nx"]  # predicted for the iterate, by the value function of the step before
+    xs: Float[Array, "N_plus_1 nx"]
+    lams: Float[Array, "N_plus_1 nx"]  # predicted for the iterate, by the value function of the step before
     # at the iterate before the last move; a converged one does not move
     duals: Point
     kkt_norm: Float[Array, ""]
@@ -205,9 +205,9 @@ def box_qp(
         improved = jnp.min(values) < objective(v)
         return jnp.where(improved, new, v), ~improved | optimal(new), count + 1
 
-    # Without active bounds, and with one control, the clipped Newton point is the minimiser: no loop.
-    start = jnp.clip(_free_solve(H_, -g_[:, None], jnp.zeros(g_.shape, bool))[0][:, 0], low_, high_)
-    start = jnp.where(jnp.isfinite(start), start, jnp.clip(0.0 * g_, low_, high_))
+    # Where H is definite, the clipped Newton point is close to the minimiser, or is it (always so for one control).
+    unbounded, definite = _free_solve(H_, -g_[:, None], jnp.zeros(g_.shape, bool))
+    start = jnp.clip(jnp.where(definite, unbounded[:, 0], 0.0), low_, high_)
     v, _, _ = jax.lax.while_loop(lambda carry: ~carry[1] & (carry[2] < 20), newton, (start, optimal(start), 0))
     clamped = clamped_at(v)
     at_bound = jnp.where(clamped, jnp.where(v <= low_, low, high), 0.0)

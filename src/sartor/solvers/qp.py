@@ -36,8 +36,8 @@ class Interior(NamedTuple):
     """An interior point of (D5)."""
 
     us: Float[Array, "N nu"]
-    xs: Float[Array, "N+1 nx"]
-    lams: Float[Array, "N+1 nx"]
+    xs: Float[Array, "N_plus_1 nx"]
+    lams: Float[Array, "N_plus_1 nx"]
     mus: Float[Array, " m"]
     slacks: Float[Array, " m"]
     """t"""

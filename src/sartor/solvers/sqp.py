@@ -39,7 +39,7 @@ class SQPState(NamedTuple):
     delta: Float[Array, ""]  # multiple of the identity added to the Hessian in the last QP
     alpha: Float[Array, ""]  # its step length
     rho: Float[Array, ""]  # penalty of hard path rows
-    omega: Float[Array, "N+1 nx"]  # penalties of the defects
+    omega: Float[Array, "N_plus_1 nx"]  # penalties of the defects
     stalled: Int[Array, ""]  # steps in a row without progress
     # bookkeeping
     finite: Bool[Array, ""]
@@ -96,12 +96,13 @@ class SQP(AbstractSolver):
         deltas = _deltas(expansion, state)
         qp = solve_qp(expansion, rules, start, tau, deltas, self.max_inner_steps, unroll)
         omega = jnp.maximum(jnp.abs(qp.point.lams), 0.5 * (state.omega + jnp.abs(qp.point.lams)))
-        settled = ~finite | (norm <= kkt_tolerance(self.tol, norm.dtype)) & ~unroll
+        settled = ~finite | (norm <= kkt_tolerance(self.tol, norm.dtype)) & ~unroll & (not self.real_time)
         merit = Merit(problem, theta, x0, rules, omega)
-        alpha, us, xs = self._line_search(merit, expansion, state.point, qp, unroll)
+        alpha, us, xs = self._line_search(merit, expansion, state.point, qp, tau, unroll)
         alpha = jnp.where(qp.regular & ~settled, alpha, 0.0)
         moving = jnp.max(jnp.abs(us - state.point.us)) > 1e-6 * (1.0 + jnp.max(jnp.abs(us)))
-        violated = jnp.max(qp.point.violations, initial=0.0) > 1e-9
+        left = jnp.max(qp.point.violations, initial=0.0)
+        violated = (left > 1e-9) & (left > 0.1 * jnp.max(pack(expansion.rows)))
         return SQPState(
             _move(problem, state.point, qp.point, us, xs, alpha),
             norm,
@@ -117,6 +118,8 @@ class SQP(AbstractSolver):
         )
 
     def running(self, state: SQPState) -> Array:
+        if self.real_time:
+            return state.num_steps == 0
         return state.finite & (state.kkt_norm > kkt_tolerance(self.tol, state.kkt_norm.dtype)) & (state.stalled < 20)
 
     def finish(self, problem: Problem, theta: Theta, x0: Array, state: SQPState) -> Solution:
@@ -142,7 +145,7 @@ class SQP(AbstractSolver):
         return Interior(jnp.zeros_like(point.us), jnp.zeros_like(point.xs), point.lams, *inside)
 
     def _line_search(
-        self, merit: "Merit", expansion: Expansion, point: Point, qp: QPState, unroll: bool
+        self, merit: "Merit", expansion: Expansion, point: Point, qp: QPState, tau: Array, unroll: bool
     ) -> tuple[Array, Array, Array]:
         """The largest α in 1, ½, ¼, ... at which (D6) falls as it should, and the trajectory there; 0 if there is none.
 
@@ -153,7 +156,9 @@ class SQP(AbstractSolver):
         if self.real_time:
             return jnp.ones_like(qp.delta), *whole
         old, slope = merit.at(expansion), merit.slope(expansion, qp.point)
-        noise = 100 * jnp.finfo(old.dtype).eps * (jnp.abs(old) + 1.0)
+        noise = 100 * jnp.finfo(old.dtype).eps * (jnp.abs(old) + 1.0 + jnp.max(merit.rules.linear, initial=0.0))
+        # An interior solution of the QP costs up to the sum of its products μt more than the solution.
+        noise = noise + 3.0 * merit.rules.exist.size * tau
 
         def attempt(search):
             alpha, _, us, xs = search
@@ -163,7 +168,7 @@ class SQP(AbstractSolver):
             us, xs = (jnp.stack(pair) for pair in zip(straight, rolled, strict=True))
             values = jax.vmap(merit.value)(us, xs)
             values = jnp.where(jnp.isfinite(values), values, jnp.inf)
-            best = jnp.argmin(values)
+            best = jnp.argmin(values + jnp.asarray([0.0, noise]))  # within rounding, the straight step is Newton's own
             return alpha, values[best] <= old + 1e-4 * alpha * slope + noise, us[best], xs[best]
 
         begin = (jnp.full_like(old, 2.0), slope > noise, point.us, point.xs)
