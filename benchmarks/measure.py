@@ -3,6 +3,7 @@
 import importlib
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -32,24 +33,34 @@ _DISTURBANCE = 0.01  # standard deviation of what a plant adds to the state betw
 # --- solvers -------------------------------------------------------------------------------------
 
 
-def make_peer(name: str, problem: Problem, threads: int) -> Any:
+def make_peer(name: str, problem: Problem, threads: int, fatrop_jit: bool) -> Any:
     """Construct a peer with the options that suit the problem. Fails: `PeerUnavailable`."""
     if name.startswith("mpc"):
         module, method = importlib.import_module("peers.mpc_pytorch"), name.removeprefix("mpc_").upper()
         peer = module.MPCPytorch(problem, grad_method=method, threads=threads)
+        start = time.perf_counter()
+        _prime(module.MPCPytorch(replace(problem, horizon=2), grad_method=method, threads=threads))
+        peer.setup_seconds += time.perf_counter() - start
         peer.name = f"mpc.pytorch {method}"
         return peer
     if name == "acados":
         return importlib.import_module("peers.acados").Acados(problem, line_search=problem.name == "cartpole")
-    return importlib.import_module("peers.casadi_nlp").CasadiNLP(problem, name, jit=name == "fatrop")
+    return importlib.import_module("peers.casadi_nlp").CasadiNLP(problem, name, jit=name == "fatrop" and fatrop_jit)
 
 
-def make_peers(names: Iterable[str], problem: Problem, threads: int, say: Report) -> Iterator[tuple[Any, float]]:
+def _prime(peer: Any) -> None:
+    """One small gradient: torch loads some seconds' worth of modules at first use, which is not solving."""
+    peer.gradient(*sample(peer.problem, 1))
+
+
+def make_peers(
+    names: Iterable[str], problem: Problem, threads: int, fatrop_jit: bool, say: Report
+) -> Iterator[tuple[Any, float]]:
     """The peers that can be had here, each with what its construction added to the peak memory [MiB]."""
     for name in names:
         before = peak_memory()
         try:
-            peer = make_peer(name, problem, threads)
+            peer = make_peer(name, problem, threads, fatrop_jit)
         except PeerUnavailable as error:
             say(f"{name} skipped on {problem.name}: {error}")
             continue
@@ -163,16 +174,23 @@ def add_cost_gaps(problem: Problem, rows: list[Row], x0s: np.ndarray, thetas: np
 
 
 def ratio_rows(rows: list[Row]) -> list[Row]:
-    """How many times faster the fastest of our solvers is than each peer, on the same problem and batch."""
+    """How many times faster ours is than each peer on the same problem and batch.
+
+    Ours is the fastest of our solvers among those that converged on most samples.
+    """
     out = []
     for peer in (row for row in rows if not row["sartor"]):
         ours = [row for row in rows if row["sartor"] and _same(row, peer)]
         if not ours:
             continue
-        best = min(ours, key=lambda row: row["forward"])
+        most = max(row["converged"] for row in ours)
+        best = min((row for row in ours if row["converged"] == most), key=lambda row: row["forward"])
         ratios = {kind: peer[kind] / best[kind] for kind in ("forward", "both", "backward")}
+        if best["backward"] < 0.02 * best["forward"]:  # lost in the noise of the forward pass
+            ratios["backward"] = float("nan")
         out.append({key: peer[key] for key in ("problem", "batch")} | ratios)
-        out[-1] |= {"sartor": best["solver"], "peer": peer["solver"]}
+        out[-1] |= {"sartor": best["solver"], "peer": peer["solver"], "repetitions": peer["repetitions"]}
+        out[-1] |= {"converged": best["converged"], "peer_converged": peer["converged"]}
     return out
 
 
@@ -253,11 +271,11 @@ def real_time_rows(
 def _our_real_time(problem: Problem, max_inner_steps: int, samples: list) -> tuple[Callable, Any]:
     compiled = compile_ahead(real_time_step(problem, max_inner_steps), *samples[0])
 
-    def step(i: int) -> tuple[np.ndarray, float, float, bool]:
+    def step(i: int) -> tuple[np.ndarray, float, float, float]:
         start = time.perf_counter()
         sol = jax.block_until_ready(compiled.call(*samples[i]))
         seconds = time.perf_counter() - start
-        return np.asarray(sol.us[0]), seconds, float("nan"), bool(sol.successful)
+        return np.asarray(sol.us[0]), seconds, float("nan"), float(sol.successful)
 
     return step, compiled
 
@@ -265,7 +283,7 @@ def _our_real_time(problem: Problem, max_inner_steps: int, samples: list) -> tup
 def _peer_real_time(peer: Any, x1: np.ndarray, theta: np.ndarray, xs: np.ndarray, us: np.ndarray) -> tuple:
     peer.load(x1, theta, xs, us)
     u0, preparation, feedback = peer.rti_step(x1)
-    return u0, preparation + feedback, feedback, True
+    return u0, preparation + feedback, feedback, float("nan")  # its status is not read
 
 
 def _real_time_rows(calls: dict, num_samples: int, repetitions: int, optimum: np.ndarray) -> dict[str, Row]:

@@ -64,7 +64,8 @@ SOLVERS = [
     number("forward, per sample [ms]", "forward_per_sample", ".3g", 1e3),
     number("iterations, median", "iterations", "g"), number("max", "iterations_max", "d"),
     number("converged", "converged", ".0%"), number("residual, max", "residual", ".0e"),
-    number("cost gap, median", "gap_median", ".0e"), number("max", "gap_max", ".0e"),
+    number("KKT residual, ours", "kkt_residual", ".0e"), number("cost gap, median", "gap_median", ".0e"),
+    number("max", "gap_max", ".0e"),
     number("repetitions", "repetitions", "d"),
 ]  # fmt: skip
 SETUP = [
@@ -77,7 +78,8 @@ SETUP = [
 RATIOS = [
     text("problem", "problem"), number("batch", "batch", "d"), text("sartor", "sartor"), text("peer", "peer"),
     number("forward", "forward", ".3g"), number("forward + backward", "both", ".3g"),
-    number("backward", "backward", ".3g"),
+    number("backward", "backward", ".3g"), number("converged, sartor", "converged", ".0%"),
+    number("peer", "peer_converged", ".0%"), number("repetitions of the peer", "repetitions", "d"),
 ]  # fmt: skip
 COLD = [
     text("problem", "problem"), number("batch", "batch", "d"), text("solver", "solver"),

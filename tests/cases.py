@@ -9,7 +9,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 import sartor
-from sartor.models.integrate import rk4
+from sartor import kkt
 
 SOLVERS = {"sqp": sartor.SQP(), "box_ddp": sartor.BoxDDP()}
 
@@ -21,11 +21,6 @@ class Case(NamedTuple):
     theta: Any
     x0s: Any  # (B, nx)
     touches: tuple[str, ...] = ()  # the fields of `Rows` of which some row is active at some sample
-
-
-def quadratic(*weights):
-    """½ Σ w x², the weights in order of the entries of x."""
-    return lambda x: 0.5 * jnp.sum(jnp.asarray(weights, x.dtype) * x**2)
 
 
 def scalar_lq():
@@ -107,26 +102,39 @@ def obstacle():
     )  # fmt: skip
 
 
-def soft(linear, quadratic_):
+DT_SOFT = 0.2
+
+
+def soft_dynamics(x, u, k, theta):
+    return x + DT_SOFT * jnp.stack([x[1], u[0] - theta[0] * x[1] * jnp.abs(x[1])])
+
+
+def soft_rows(x, u, k, theta):
+    return jnp.where(k > 0, soft_final_rows(x, theta), -1.0)
+
+
+def soft_final_rows(x, theta):
+    return jnp.stack([x[1] - theta[1], -x[1] - theta[1] - 0.1 * x[0]])
+
+
+def soft_stage_cost(x, u, k, theta):
+    return 0.5 * theta[2] * x[0] ** 2 + 0.05 * u @ u
+
+
+def soft_terminal_cost(x, theta):
+    return 2.0 * theta[2] * x[0] ** 2 + 0.5 * x[1] ** 2
+
+
+def soft(linear, quadratic):
     """A mass on a line with drag, its speed limited by soft rows: some held at the limit, some violated.
 
-    theta = (drag, limit, weight of the position).
+    theta = (drag, limit, weight of the position). The functions are shared: other penalties do not compile anew.
     """
-    dt = 0.2
-
-    def rows(x, u, k, theta):
-        return jnp.where(k > 0, final_rows(x, theta), -1.0)
-
-    def final_rows(x, theta):
-        return jnp.stack([x[1] - theta[1], -x[1] - theta[1] - 0.1 * x[0]])
-
     return Case(
         sartor.Problem(
-            dynamics=lambda x, u, k, theta: x + dt * jnp.stack([x[1], u[0] - theta[0] * x[1] * jnp.abs(x[1])]),
-            stage_cost=lambda x, u, k, theta: 0.5 * theta[2] * x[0] ** 2 + 0.05 * u @ u,
-            terminal_cost=lambda x, theta: 2.0 * theta[2] * x[0] ** 2 + 0.5 * x[1] ** 2,
-            horizon=6, u_min=[-2.0], u_max=[2.0], constraints=rows, terminal_constraints=final_rows,
-            softening=sartor.Softening(linear, quadratic_),
+            dynamics=soft_dynamics, stage_cost=soft_stage_cost, terminal_cost=soft_terminal_cost, horizon=6,
+            u_min=[-2.0], u_max=[2.0], constraints=soft_rows, terminal_constraints=soft_final_rows,
+            softening=sartor.Softening([linear] * 4, [quadratic] * 4),
         ),
         jnp.asarray([0.2, 0.5, 1.0]),
         jnp.asarray([[-1.5, 0.9], [1.2, -1.0], [-0.8, 0.1]]),
@@ -181,25 +189,27 @@ def power_limit():
 
 def masses():
     """Two masses and a driven end on springs that hang from the origin, in the plane. theta = (stiffness, mass)."""
+    dt = 0.15
 
-    def ode(x, u, theta):
+    def dynamics(x, u, k, theta):
         p, v = x[:6].reshape(3, 2), x[6:].reshape(2, 2)
         d = jnp.diff(p, axis=0, prepend=0.0)
         force = theta[0] * (1.0 - 0.3 / jnp.sqrt(jnp.sum(d**2, axis=1) + 1e-6))[:, None] * d
-        a = (force[1:] - force[:-1]) / theta[1] - jnp.asarray([0.0, 2.0], x.dtype)
-        return jnp.concatenate([v.ravel(), u, a.ravel()])
+        v = v + dt * ((force[1:] - force[:-1]) / theta[1] - jnp.asarray([0.0, 2.0], x.dtype))
+        return jnp.concatenate([(p + dt * jnp.concatenate([v, u[None]])).ravel(), v.ravel()])
 
     target = np.array([0.4, -0.2, 0.8, -0.2, 1.2, 0.0, 0.0, 0.0, 0.0, 0.0])
-    far = lambda x: quadratic(1.0, 1.0, 1.0, 1.0, 5.0, 5.0, 0.1, 0.1, 0.1, 0.1)(x - jnp.asarray(target, x.dtype))
+    weights = np.array([1.0, 1.0, 1.0, 1.0, 5.0, 5.0, 0.1, 0.1, 0.1, 0.1])
+    far = lambda x: 0.5 * jnp.sum(jnp.asarray(weights, x.dtype) * (x - jnp.asarray(target, x.dtype)) ** 2)
     start = np.array([0.4, -0.3, 0.8, -0.4, 1.0, -0.3, 0.0, 0.0, 0.0, 0.0])
     return Case(
         sartor.Problem(
-            dynamics=rk4(ode, 0.15),
+            dynamics=dynamics,
             stage_cost=lambda x, u, k, theta: far(x) + 0.05 * u @ u,
             terminal_cost=lambda x, theta: 10.0 * far(x),
             horizon=6, u_min=[-0.5, -0.5], u_max=[0.5, 0.5],
         ),
-        jnp.asarray([12.0, 0.5]),
+        jnp.asarray([8.0, 0.8]),
         jnp.asarray(start + 0.1 * np.random.default_rng(1).normal(size=(3, 10))),
         ("u_max",),
     )  # fmt: skip
@@ -260,11 +270,22 @@ def idle():
     )  # fmt: skip
 
 
-def solve_batch(case, solver, **options):
-    """All samples of a case in one compiled call, with no derivative."""
-    return jax.jit(
-        jax.vmap(lambda x0: sartor.solve(case.problem, case.theta, x0, solver=solver, throw=False, **options))
-    )(case.x0s)
+@eqx.filter_jit
+def solve_batch(problem, thetas, x0s, solver):
+    """Solutions for batches of theta and x0 in one compiled call. Problems with the same functions compile once."""
+
+    def one(theta, x0):
+        return sartor.solve(problem, theta, x0, solver=solver, throw=False)
+
+    return eqx.filter_vmap(one)(thetas, x0s)
+
+
+def repeated(theta, x0s):
+    """The same parameters for every sample."""
+    return jax.tree.map(
+        lambda leaf: jnp.repeat(jnp.asarray(leaf)[None], len(x0s), axis=0) if eqx.is_inexact_array(leaf) else leaf,
+        theta,
+    )
 
 
 def sample(tree, i):
@@ -274,11 +295,15 @@ def sample(tree, i):
 
 def residual_norm(problem, theta, x0, sol, tau=0.0):
     """Largest entry of the public KKT residual at a solution."""
-    from sartor import kkt
-
     point = kkt.Point(sol.us, sol.xs, sol.lams, sol.mus, sol.slacks)
     leaves = jax.tree.leaves(kkt.residual(problem, theta, x0, point, tau))
     return jnp.max(jnp.stack([jnp.max(jnp.abs(leaf), initial=0.0) for leaf in leaves]))
+
+
+@eqx.filter_jit
+def residual_norms(problem, theta, x0s, sols, tau=0.0):
+    """Largest entry of the public KKT residual, for each sample of a batch."""
+    return jax.vmap(lambda x0, sol: residual_norm(problem, theta, x0, sol, tau))(x0s, sols)
 
 
 def flat_inputs(problem, theta, x0):

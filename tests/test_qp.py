@@ -72,7 +72,7 @@ VARIANTS = {
     "box on all controls": (BOX, None, 1),
     "bounds on some controls, one-sided and infinite": (MIXED, None, 2),
     "hard rows and terminal rows": (FREE, HARD, 3),
-    "hard rows with bounds": (([-1.0] * NU, [1.5] * NU), HARD, 4),
+    "hard rows with bounds": (([-1.0] * NU, [1.5] * NU), HARD, 9),
     "soft rows, linear": (FREE, ([0.4, 0.8, 0.5, 0.3], [0.0] * 4), 5),
     "soft rows, quadratic": (MIXED, ([0.0] * 4, [3.0, 5.0, 2.0, 4.0]), 6),
     "soft rows, both": (MIXED, ([0.3, 0.2, 0.1, 0.2], [3.0, 2.0, 5.0, 1.0]), 7),

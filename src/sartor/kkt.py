@@ -129,7 +129,9 @@ def residual(problem: Problem, theta: Theta, x0: Array, point: Point, tau: Array
     gradient = jax.grad(lambda us, xs: lagrangian(problem, theta, x0, point._replace(us=us, xs=xs)), argnums=(0, 1))
     h = rows(problem, theta, point.xs, point.us)
     gap = dynamics_gap(problem, theta, x0, point.xs, point.us)
-    return Residual(*gradient(point.us, point.xs), gap, *_row_residuals(problem, h, point, tau))
+    stationarity_us, stationarity_xs = gradient(point.us, point.xs)
+    row_residuals, products = _row_residuals(problem, h, point, tau)
+    return Residual(stationarity_us, stationarity_xs, gap, row_residuals, products)
 
 
 def expanded_residual(problem: Problem, expansion: Expansion, point: Point, tau: Array | float = 0.0) -> Residual:
@@ -140,7 +142,8 @@ def expanded_residual(problem: Problem, expansion: Expansion, point: Point, tau:
     dual_xs = jnp.einsum("kyx,ky->kx", lq.A, point.lams[1:])
     xs = lq.q + row_xs - point.lams + jnp.concatenate([dual_xs, jnp.zeros_like(point.xs[:1])])
     gap = jnp.concatenate([expansion.x0_gap[None], lq.c])
-    return Residual(lq.r + row_us + dual_us, xs, gap, *_row_residuals(problem, expansion.rows, point, tau))
+    row_residuals, products = _row_residuals(problem, expansion.rows, point, tau)
+    return Residual(lq.r + row_us + dual_us, xs, gap, row_residuals, products)
 
 
 def kkt_norm(r: Residual) -> Float[Array, ""]:

@@ -1,10 +1,10 @@
 """Labels: how much an error of the predicted state matters to the task, from the sensitivities of the MPC.
 
-    S_{k,i} = Σ_j |dJ/du_0[j]|_eff · du_0[j]/de_k[i]                                                                (D9)
+    S_{k,i} = Σ_j |dJ/du_0[j]|_eff · du_0[j]/de_k[i]                                                          (D9)
 
 and, to second order and without a free parameter, the regret of an error e, with Λ = d²J/du_0²:
 
-    ΔJ ≈ ½ eᵀ (du_0/de)ᵀ Λ (du_0/de) e = ½ ‖Λ^{1/2} (du_0/de) e‖²                                                   (D10)
+    ΔJ ≈ ½ eᵀ (du_0/de)ᵀ Λ (du_0/de) e = ½ ‖Λ^{1/2} (du_0/de) e‖²                                            (D10)
 
 References: Węgrzynowski et al., Learning What Matters: Task Tailored Dynamics Models through Differentiable MPC,
 equations (3) to (6).
@@ -119,9 +119,10 @@ def action_sensitivity(
     References: Węgrzynowski et al., eq. (6).
     """
     _check_options(problem, eps, method, perturb)
-    lin = linearise(problem, theta, sol)
-    refuse(sol, lin)
-    return _action_sensitivity(problem, theta, x0, sol, lin, eps, method, perturb, solver)[0]
+    eps = jnp.asarray(eps, sol.us.dtype)
+    effective, status = _effective(problem, theta, x0, sol, eps, method, perturb, solver)
+    refuse(status)
+    return effective
 
 
 def label(
@@ -162,6 +163,31 @@ def label(
     if error not in ("defect", "trajectory"):
         raise ValueError(f"error must be 'defect' or 'trajectory', not {error!r}.")
     sol = solve(problem, theta, x0, solver=solver, guess=guess, throw=False)
+    eps = jnp.asarray(eps, sol.us.dtype)
+    return _label(problem, theta, sol, eps, method, perturb, combine, error, solver)
+
+
+def regret_factor(
+    problem: Problem, theta: Theta, sol: Solution, error: Literal["defect", "trajectory"] = "defect"
+) -> Float[Array, "nu N nx"]:
+    """Λ^{1/2} du_0/de: half of the square of its product with an error is the regret (D10) of that error.
+
+    Args:
+        problem: The problem.
+        theta: Its parameters.
+        sol: Its solution.
+        error: See `label`.
+
+    Returns: (nu, N, nx), in √cost per unit of the state.
+    Fails: as `error_sensitivity`.
+    """
+    factor, status = _regret_factor(problem, theta, sol, error)
+    refuse(status)
+    return factor
+
+
+@eqx.filter_jit
+def _label(problem, theta, sol, eps, method, perturb, combine, error, solver) -> Label:
     lin = linearise(problem, theta, sol)
     du0_de = -first_control_adjoint(lin).lams[:, 1:]
     if error == "trajectory":
@@ -179,28 +205,23 @@ def label(
     return Label(jnp.where(result == RESULTS.successful, S, jnp.nan), du0_de, dJ_du0, result)
 
 
-def regret_factor(
-    problem: Problem, theta: Theta, sol: Solution, error: Literal["defect", "trajectory"] = "defect"
-) -> Float[Array, "nu N nx"]:
-    """Λ^{1/2} du_0/de: half of the square of its product with an error is the regret (D10) of that error.
-
-    Args:
-        problem: The problem.
-        theta: Its parameters.
-        sol: Its solution.
-        error: See `label`.
-
-    Returns: (nu, N, nx), in √cost per unit of the state.
-    Fails: as `error_sensitivity`.
-    """
+@eqx.filter_jit
+def _regret_factor(problem, theta, sol, error) -> tuple[Array, RESULTS]:
     lin = linearise(problem, theta, sol)
-    refuse(sol, lin)
     du0_de = -first_control_adjoint(lin).lams[:, 1:]
     if error == "trajectory":
         du0_de = trajectory_error(lin.lq.A, du0_de)
     values, vectors = jnp.linalg.eigh(action_hessian(problem, lin, sol))
     root = (vectors * jnp.sqrt(jnp.maximum(values, 0.0))) @ vectors.T
-    return jnp.einsum("ij,jkx->ikx", root, du0_de)
+    return jnp.einsum("ij,jkx->ikx", root, du0_de), reason(sol, lin)
+
+
+@eqx.filter_jit
+def _effective(problem, theta, x0, sol, eps, method, perturb, solver) -> tuple[Array, RESULTS]:
+    lin = linearise(problem, theta, sol)
+    effective, resolved = _action_sensitivity(problem, theta, x0, sol, lin, eps, method, perturb, solver)
+    status = reason(sol, lin)
+    return effective, RESULTS.where(status == RESULTS.successful, resolved, status)
 
 
 def _action_sensitivity(

@@ -11,6 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
 Theta = PyTree[Any]
@@ -104,7 +105,7 @@ class Problem(eqx.Module):
                 raise ValueError(f"{name} must be a function or None, not {type(getattr(self, name)).__name__}.")
         if self.u_min.ndim != 1 or self.u_min.shape != self.u_max.shape or self.u_min.shape[0] == 0:
             raise ValueError(
-                f"u_min and u_max must both have shape (nu,) with nu ≥ 1, not {self.u_min.shape} and {self.u_max.shape}."
+                f"u_min and u_max must have shape (nu,) with nu ≥ 1, not {self.u_min.shape} and {self.u_max.shape}."
                 " Use ±inf for a control without a bound."
             )
         check_bounds(self.u_min, self.u_max)
@@ -208,11 +209,11 @@ def check_bounds(u_min: Array, u_max: Array) -> None:
 
 
 def _concrete(value: Any) -> bool:
-    return not isinstance(value, jax.core.Tracer) and isinstance(value, jax.Array | np.ndarray)
+    return not isinstance(value, Tracer) and isinstance(value, jax.Array | np.ndarray)
 
 
 def _floating(value: Any) -> Array:
     """As a floating-point array of JAX's current precision; abstract leaves (transformations rebuild modules) pass."""
-    if isinstance(value, jax.core.Tracer) or (hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.inexact)):
+    if isinstance(value, Tracer) or (hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.inexact)):
         return jnp.asarray(value)
     return jnp.asarray(value, dtype=jnp.result_type(float))

@@ -141,9 +141,9 @@ def check_lq(lq: LQ, x0: Array) -> None:
     if lq.B.ndim != 3:
         raise ValueError(f"lq.B must have shape (N, nx, nu), not {lq.B.shape}: stack the stages along the first axis.")
     N, nx, nu = lq.B.shape
-    expected = LQ(A=(N, nx, nx), B=(N, nx, nu), c=(N, nx), Q=(N + 1, nx, nx), R=(N, nu, nu), S=(N, nu, nx),
+    expected = dict(A=(N, nx, nx), B=(N, nx, nu), c=(N, nx), Q=(N + 1, nx, nx), R=(N, nu, nu), S=(N, nu, nx),
                   q=(N + 1, nx), r=(N, nu))  # fmt: skip
-    for name, shape in expected._asdict().items():
+    for name, shape in expected.items():
         if getattr(lq, name).shape != shape:
             raise ValueError(f"lq.{name} must have shape {shape}, not {getattr(lq, name).shape}.")
     if x0.shape != (nx,):

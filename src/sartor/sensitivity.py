@@ -3,15 +3,17 @@
 With the residual r(z, θ) of `kkt.residual`, zero at the solution, dz = -(∂r/∂z)⁻¹ (∂r/∂θ) dθ. Complementarity is
 eliminated row by row, which leaves a symmetric system on the stage structure:
 
-    [H  Fᵀ  Gᵀ] [dz]       H: Hessian of the Lagrangian, F: dynamics, G: active rows,
-    [F  0   0 ] [dλ] = b   W = 0 for a row that is active, 1/quadratic for a soft one that is violated,                (D7)
+    [H  Fᵀ  Gᵀ] [dz]      H: Hessian of the Lagrangian, F: dynamics, G: active rows,
+    [F  0   0 ] [dλ] = b   W = 0 for a row that is active, 1/quadratic for a soft one that is violated,            (D7)
     [G  0  -W ] [dμ]       W = slack/multiplier of every row for a barrier τ > 0.
 """
 
 from typing import Literal, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float
 
@@ -154,9 +156,9 @@ def error_sensitivity(
         gives the reason.
     References: Węgrzynowski et al., Learning What Matters, eq. (4) and section III-A.
     """
-    lin = linearise(problem, theta, sol, curvature)
-    refuse(sol, lin)
-    return -first_control_adjoint(lin).lams[:, 1:]
+    du0_de, status = _error_sensitivity(problem, theta, sol, curvature)
+    refuse(status)
+    return du0_de
 
 
 def first_control_adjoint(lin: Linearisation) -> Direction:
@@ -189,21 +191,29 @@ def action_hessian(problem: Problem, lin: Linearisation, sol: Solution) -> Float
     return lin.lq.R[0] + B.T @ lin.factors.P[1] @ B + G.T @ (D[:, None] * G)
 
 
+@eqx.filter_jit
 def regularity(problem: Problem, theta: Theta, sol: Solution, curvature: Curvature = "exact") -> RESULTS:
     """Whether the solution can be differentiated: its own status, or `singular` where the KKT matrix is."""
     return reason(sol, linearise(problem, theta, sol, curvature))
 
 
-def refuse(sol: Solution, lin: Linearisation) -> None:
-    """Raise, outside of transformations, where `lin` has no derivative to give."""
-    if not isinstance(lin.regular, jax.core.Tracer) and not bool(lin.regular):
-        raise SolveError(f"No derivative at this solution. {RESULTS[reason(sol, lin)]}")
+def refuse(status: RESULTS) -> None:
+    """Raise, outside of transformations, where there is no derivative to give."""
+    failed = status != RESULTS.successful
+    if not isinstance(failed, Tracer) and bool(jnp.any(failed)):
+        raise SolveError(f"No derivative at this solution. {RESULTS[status] if failed.ndim == 0 else ''}")
 
 
 def reason(sol: Solution, lin: Linearisation) -> RESULTS:
     """The status of a derivative: that of the solve, or `singular`."""
     singular = RESULTS.where(lin.regular, RESULTS.successful, RESULTS.singular)
     return RESULTS.where(sol.successful, singular, sol.result)
+
+
+@eqx.filter_jit
+def _error_sensitivity(problem, theta, sol, curvature) -> tuple[Array, RESULTS]:
+    lin = linearise(problem, theta, sol, curvature)
+    return -first_control_adjoint(lin).lams[:, 1:], reason(sol, lin)
 
 
 def _active_rows(problem: Problem, h: Rows, sol: Solution) -> tuple[Rows, Rows, Rows, Rows, Rows, Bool[Array, ""]]:
@@ -242,7 +252,8 @@ def _active_rows(problem: Problem, h: Rows, sol: Solution) -> tuple[Rows, Rows, 
     per_field = [[getattr(columns, name)[i] for name in ("u_min", "u_max", "path", "terminal")] for i in range(6)]
     *fields, decided = (Rows(*values) for values in per_field)
     strict = jnp.all(jnp.stack([jnp.all(leaf) for leaf in jax.tree.leaves(decided)]))
-    return (*fields, strict)
+    active, compliance, row_scale, given_scale, relaxation = fields
+    return active, compliance, row_scale, given_scale, relaxation, strict
 
 
 def _refined_solve(lin: Linearisation, b: Direction) -> Direction:
@@ -268,7 +279,8 @@ def _independent_rows(lin: Linearisation) -> Bool[Array, ""]:
     if lin.active.path.size + lin.active.terminal.size == 0:
         return jnp.asarray(True)
     generic = lambda row: jnp.cos(1.7 * jnp.arange(1, row.size + 1, dtype=lin.lq.q.dtype)).reshape(row.shape)
-    b = Direction(*jax.tree.map(jnp.zeros_like, (lin.lq.r, lin.lq.q, lin.lq.q)), jax.tree.map(generic, lin.active))
+    nothing = jnp.zeros_like(lin.lq.q)
+    b = Direction(jnp.zeros_like(lin.lq.r), nothing, nothing, jax.tree.map(generic, lin.active))
     rest = jax.tree.map(jnp.subtract, b, apply(lin, _refined_solve(lin, b)))
     worst = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf), initial=0.0) for leaf in jax.tree.leaves(rest)]))
     return worst < 1e-3

@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from sartor import kkt, solution
@@ -67,7 +68,7 @@ def solve(
     if guess is not None:
         _check_guess(problem, theta, x0, guess)
     sol = _solve(problem, theta, x0, guess, solver, derivative, curvature)
-    if throw and not isinstance(sol.result._value, jax.core.Tracer) and not bool(sol.successful):
+    if throw and not isinstance(sol.result._value, Tracer) and not bool(sol.successful):
         raise SolveError(_explain(problem, theta, sol))
     return sol
 
@@ -162,21 +163,21 @@ def _tangent(fn, primals: tuple, tangents: tuple) -> Any:
 
 def _start(problem: Problem, theta: Theta, x0: Array, guess: Solution | None) -> Solution:
     """The guess with zeros for unknown multipliers; or the rollout of the controls nearest to zero."""
-    num_stages = problem.horizon
     if guess is None:
-        us = jnp.broadcast_to(jnp.clip(jnp.zeros_like(problem.u_min), problem.u_min, problem.u_max),
-                              (num_stages, problem.nu))  # fmt: skip
+        nearest = jnp.clip(jnp.zeros_like(problem.u_min), problem.u_min, problem.u_max)
+        us = jnp.broadcast_to(nearest, (problem.horizon, problem.nu))
         xs = rollout(problem, theta, x0, us)
         usable = jnp.all(jnp.isfinite(xs)) & (jnp.max(jnp.abs(xs)) < 1e4 * (1.0 + jnp.max(jnp.abs(x0))))
-        guess = solution.guess(jnp.where(usable, xs, x0), us)
-    guess = eqx.tree_at(lambda g: g.us, guess, jnp.clip(guess.us, problem.u_min, problem.u_max))
-    shapes = jax.eval_shape(lambda: kkt.rows(problem, theta, guess.xs, guess.us))
+        start = solution.guess(jnp.where(usable, xs, x0), us)
+    else:
+        start = eqx.tree_at(lambda g: g.us, guess, jnp.clip(guess.us, problem.u_min, problem.u_max))
+    shapes = jax.eval_shape(lambda: kkt.rows(problem, theta, start.xs, start.us))
     fill = lambda value, like: (
         value.astype(like.dtype) if value.shape == like.shape else jnp.zeros(like.shape, like.dtype)
     )
     return eqx.tree_at(
-        lambda g: (g.mus, g.slacks), guess,
-        (jax.tree.map(fill, guess.mus, shapes), jax.tree.map(fill, guess.slacks, shapes)),
+        lambda g: (g.mus, g.slacks), start,
+        (jax.tree.map(fill, start.mus, shapes), jax.tree.map(fill, start.slacks, shapes)),
     )  # fmt: skip
 
 
@@ -197,7 +198,7 @@ def _check_theta(theta: Theta) -> None:
 
 
 def _check_finite(name: str, value: Any) -> None:
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return
     bad = np.argwhere(~np.isfinite(np.asarray(value)))
     if bad.size:
@@ -239,12 +240,11 @@ def _check_functions(problem: Problem, theta: Theta, x0: Array) -> None:
             raise ValueError(f"{name} must return a vector of dtype {x0.dtype}, not {_describe(value)}.")
         counts.append(value.shape[0])
     try:
-        jax.eval_shape(lambda: penalties(problem, *counts, x0.dtype))
+        jax.eval_shape(lambda: penalties(problem, counts[0], counts[1], x0.dtype))
     except ValueError:
         raise ValueError(
             f"softening must hold scalars or one entry for each of the {counts[0]} rows of constraints followed by the"
-            f" {counts[1]} rows of terminal_constraints; its shapes are {problem.softening.linear.shape} and"
-            f" {problem.softening.quadratic.shape}."
+            f" {counts[1]} rows of terminal_constraints."
         ) from None
 
 
@@ -267,7 +267,7 @@ def _check_guess(problem: Problem, theta: Theta, x0: Array, guess: Solution) -> 
                 "us is (N, nu), xs is (N+1, nx), with N the horizon."
             )
         _check_finite(f"guess.{name}", value)
-    if any(isinstance(v, jax.core.Tracer) for v in (guess.us, problem.u_min, problem.u_max)):
+    if any(isinstance(v, Tracer) for v in (guess.us, problem.u_min, problem.u_max)):
         return
     slack = 1e-6 * (1.0 + np.abs(np.asarray(guess.us)))
     outside = np.argwhere((guess.us < problem.u_min - slack) | (guess.us > problem.u_max + slack))

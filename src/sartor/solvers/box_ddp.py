@@ -3,7 +3,7 @@
 Each step goes backward along the trajectory, solving a small box-constrained quadratic program in the controls at each
 stage, and then rolls the dynamics out with the resulting feedback:
 
-    min over δu of ½ δuᵀQ_uu δu + Q_uᵀδu  s.t.  u_min ≤ u + δu ≤ u_max,     u ← u + α kff + K (x_new - x)             (D8)
+    min over δu of ½ δuᵀQ_uu δu + Q_uᵀδu  s.t.  u_min ≤ u + δu ≤ u_max,   u ← u + α kff + K (x_new - x)             (D8)
 
 Trajectories follow the dynamics at every step, so the guess counts by its controls alone.
 
@@ -233,8 +233,8 @@ def _with_multipliers(problem: Problem, state: BoxDDPState, backward: Backward, 
     slack = lambda row, bound: jnp.where(jnp.isfinite(bound), -row, 1.0)
     return Point(
         state.us, state.xs, jnp.concatenate([backward.lams, expansion.lq.q[-1:]]),
-        mus=Rows(jnp.where(at_low, jnp.maximum(gradient, 0.0), 0.0), jnp.where(at_high, jnp.maximum(-gradient, 0.0), 0.0),
-                 rows.path, rows.terminal),
+        mus=Rows(jnp.where(at_low, jnp.maximum(gradient, 0.0), 0.0),
+                 jnp.where(at_high, jnp.maximum(-gradient, 0.0), 0.0), rows.path, rows.terminal),
         slacks=Rows(slack(rows.u_min, problem.u_min), slack(rows.u_max, problem.u_max), rows.path, rows.terminal),
     )  # fmt: skip
 

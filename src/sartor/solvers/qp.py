@@ -1,6 +1,6 @@
 """Quadratic programs on the stage structure: a primal-dual interior-point method with Riccati inside.
 
-    min over z = (us, xs):   (D3) + Σ_i linear_i·s_i + ½ quadratic_i·s_i²   s.t.  g + Gz - s + t = 0,  s ≥ 0,  t ≥ 0    (D5)
+    min over z = (us, xs):  (D3) + Σ_i linear_i·s_i + ½ quadratic_i·s_i²   s.t.  g + Gz - s + t = 0,  s, t ≥ 0   (D5)
 
 with s = 0 for hard rows. Each step factorises once and solves twice (predictor and corrector).
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from sartor.kkt import Expansion, add_row_curvature, rows_cotangent, rows_tangent, with_bending
 from sartor.riccati import backsolve, factor
@@ -172,7 +172,7 @@ def complementarity(rules: Rules, point: Interior) -> Float[Array, ""]:
     return jnp.sum(products) / jnp.maximum(jnp.sum(rules.exist) + jnp.sum(with_nu), 1)
 
 
-def pack(rows: Rows) -> Float[Array, " m"]:
+def pack(rows: Rows) -> Shaped[Array, " m"]:
     """Rows as one vector: lower bounds, upper bounds, path, terminal."""
     return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(rows)])
 
@@ -214,7 +214,7 @@ def _full_step(
     rules: Rules, point: Interior, target: Array, correction_t: Array, correction_s: Array,
     rows: Array, new_mus: Array, offset: Array, compliance: Array,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
-    """t, s, ν after a full step: of each product the smaller factor comes from the product, lest it drown in rounding."""
+    """t, s, ν after a full step. The smaller factor of a product comes from the product, lest it drown in rounding."""
     mus, t, s, nus = point.mus, point.slacks, point.violations, point.nus
     with_nu = _with_nu(rules)
     violated = with_nu & (s > nus)

@@ -93,6 +93,7 @@ class SQP(AbstractSolver):
         rules = _rules(problem, expansion.rows, state.rho)
         start = self._warm_start(expansion, norm, rules, state.point)
         tau = jnp.clip(1e-2 * jnp.minimum(norm, norm**2), self._tau_end(x0), 1e-4)
+        tau = jnp.full_like(tau, self._tau_end(x0)) if self.real_time else tau  # there is no later QP to make up for it
         deltas = _deltas(expansion, state)
         qp = solve_qp(expansion, rules, start, tau, deltas, self.max_inner_steps, unroll)
         omega = jnp.maximum(jnp.abs(qp.point.lams), 0.5 * (state.omega + jnp.abs(qp.point.lams)))
