@@ -210,7 +210,7 @@ def masses():
             horizon=6, u_min=[-0.5, -0.5], u_max=[0.5, 0.5],
         ),
         jnp.asarray([8.0, 0.8]),
-        jnp.asarray(start + 0.1 * np.random.default_rng(1).normal(size=(3, 10))),
+        jnp.asarray(start + 0.03 * np.random.default_rng(1).normal(size=(3, 10))),
         ("u_max",),
     )  # fmt: skip
 
@@ -306,33 +306,104 @@ def residual_norms(problem, theta, x0s, sols, tau=0.0):
     return jax.vmap(lambda x0, sol: residual_norm(problem, theta, x0, sol, tau))(x0s, sols)
 
 
-def flat_inputs(problem, theta, x0):
-    """(theta, x0, finite entries of u_min and u_max, softening) as one vector, and the way back."""
-    low, high = np.flatnonzero(np.isfinite(problem.u_min)), np.flatnonzero(np.isfinite(problem.u_max))
-    numbers, rest = eqx.partition(theta, eqx.is_inexact_array)
-    soft = problem.softening
-    vector, unravel = ravel_pytree((numbers, x0, problem.u_min[low], problem.u_max[high], soft))
+class Inputs(eqx.Module):
+    """All that a solution can be differentiated in: theta, x0, the finite bounds, the softening; as one vector."""
 
-    def rebuild(vector):
-        numbers, x0, u_min, u_max, soft = unravel(vector)
-        bounds = (problem.u_min.at[low].set(u_min), problem.u_max.at[high].set(u_max))
-        changed = eqx.tree_at(lambda p: (p.u_min, p.u_max), problem, bounds)
-        if soft is not None:
-            changed = eqx.tree_at(lambda p: p.softening, changed, soft)
-        return changed, eqx.combine(numbers, rest), x0
+    problem: sartor.Problem
+    theta: Any
+    x0: Any
+    low: tuple = eqx.field(static=True)
+    high: tuple = eqx.field(static=True)
 
-    return vector, rebuild
+    def __init__(self, case, i):
+        self.problem, self.theta, self.x0 = case.problem, case.theta, case.x0s[i]
+        self.low = tuple(np.flatnonzero(np.isfinite(case.problem.u_min)).tolist())
+        self.high = tuple(np.flatnonzero(np.isfinite(case.problem.u_max)).tolist())
+
+    def groups(self):
+        """The parts, by name."""
+        bounds = {
+            name: getattr(self.problem, name)[jnp.asarray(index)]
+            for name, index in (("u_min", self.low), ("u_max", self.high))
+            if index
+        }
+        numbers = eqx.filter(self.theta, eqx.is_inexact_array)
+        soft = {} if self.problem.softening is None else {"softening": self.problem.softening}
+        return {"theta": numbers, "x0": self.x0} | bounds | soft
+
+    def vector(self):
+        return ravel_pytree(self.groups())[0]
+
+    def rebuild(self, vector):
+        """(problem, theta, x0) with the numbers of a vector."""
+        groups = ravel_pytree(self.groups())[1](vector)
+        problem = self.problem
+        for name, index in (("u_min", self.low), ("u_max", self.high)):
+            if index:
+                bound = getattr(problem, name).at[jnp.asarray(index)].set(groups[name])
+                problem = eqx.tree_at(lambda p, name=name: getattr(p, name), problem, bound)
+        if problem.softening is not None:
+            problem = eqx.tree_at(lambda p: p.softening, problem, groups["softening"])
+        rest = eqx.filter(self.theta, eqx.is_inexact_array, inverse=True)
+        return problem, eqx.combine(groups["theta"], rest), groups["x0"]
 
 
-def central_differences(fn, vector, scale=6e-6):
-    """Jacobian of fn (vectors to vectors) by central differences, all in one batch."""
-    steps = scale * jnp.maximum(1.0, jnp.abs(vector))
-    ahead, behind = (jax.vmap(fn)(vector + sign * jnp.diag(steps)) for sign in (1.0, -1.0))
-    return jnp.moveaxis((ahead - behind) / (2.0 * steps)[:, None], 0, -1)
+class Derivatives(NamedTuple):
+    """Jacobians of the fields of a solution in the vector of `Inputs`, by name of the field, (entries, n)."""
+
+    forward: dict
+    reverse: dict
+    numeric: dict
+    values: dict
+    """The fields themselves."""
+    kkt_norm: Any
+    """Residual at the centre."""
 
 
-def assert_equal_jacobians(one, other, tolerance=1e-6):
-    """Equal to a tolerance relative to the largest entry."""
-    largest = np.max(np.abs(other))
-    assert largest > 1e-3, "a zero derivative would agree with anything"
-    np.testing.assert_allclose(one, other, rtol=0.0, atol=tolerance * largest)
+STEP = 2e-4
+STENCIL = {-2.0: 1.0, -1.0: -8.0, 1.0: 8.0, 2.0: -1.0}  # over 12 steps: an error of fourth order
+
+
+def fields(sol):
+    path = jnp.concatenate([sol.mus.path.ravel(), sol.mus.terminal])
+    bounds = (sol.mus.u_max - sol.mus.u_min).ravel()
+    every = {"us": sol.us, "xs": sol.xs, "lams": sol.lams, "bounds": bounds, "path": path, "cost": sol.cost}
+    return {name: value.ravel() for name, value in every.items()}
+
+
+@eqx.filter_jit
+def three_ways(inputs, **options):
+    """Forward mode, reverse mode and central differences of `solve`, all from one compiled solve of a batch."""
+    vector = inputs.vector()
+    n = vector.size
+    steps = STEP * jnp.maximum(1.0, jnp.abs(vector))
+    stencil = [vector + place * jnp.diag(steps) for place in STENCIL]
+    points = jnp.concatenate([*stencil, jnp.tile(vector, (n, 1))])  # the last n are the centre
+    centre = lambda rows: jnp.concatenate([jnp.zeros((points.shape[0] - n, rows.shape[1])), rows])
+
+    def outputs(vector):
+        sol = sartor.solve(*inputs.rebuild(vector), throw=False, **options)
+        return fields(sol) | {"kkt_norm": sol.stats.kkt_norm[None]}
+
+    flat = jax.vmap(lambda vector: ravel_pytree(outputs(vector))[0])
+    structure = jax.tree.map(jnp.zeros_like, jax.eval_shape(outputs, vector))
+    split = lambda matrix: jax.vmap(ravel_pytree(structure)[1], in_axes=1, out_axes=-1)(matrix)
+    values, push = jax.linearize(flat, points)
+    forward = push(centre(jnp.eye(n)))[-n:].T
+    pull = jax.linear_transpose(push, points)
+    m = values.shape[1]
+    blocks = -(-m // n)
+    cotangents = jnp.eye(blocks * n, m).reshape(blocks, n, m)
+    reverse = jax.vmap(lambda rows: pull(centre(rows))[0][-n:])(cotangents).reshape(blocks * n, n)[:m]
+    around = values[:-n].reshape(len(STENCIL), n, m)
+    numeric = jnp.einsum("p,pnm->mn", jnp.asarray(list(STENCIL.values())), around) / (12.0 * steps)
+    one = ravel_pytree(structure)[1](values[-1])
+    return Derivatives(split(forward), split(reverse), split(numeric), one, one["kkt_norm"])
+
+
+def assert_equal(one, other, tolerance=1e-6, names=("us", "xs", "lams", "bounds", "path", "cost")):
+    """Jacobians by field, equal to a tolerance relative to the largest entry of the field."""
+    for name in names:
+        if other[name].size:
+            largest = np.max(np.abs(other[name]))
+            np.testing.assert_allclose(one[name], other[name], rtol=0.0, atol=tolerance * largest + 1e-9, err_msg=name)

@@ -77,7 +77,7 @@ class Solution(eqx.Module):
     """Counts and the residual reached."""
 
     @property
-    def successful(self) -> Bool[Array, ""]:
+    def successful(self) -> Bool[Array, "..."]:
         """Whether the solve succeeded."""
         return self.result == RESULTS.successful
 

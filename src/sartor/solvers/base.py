@@ -114,9 +114,9 @@ def _is_none(value: Any) -> bool:
     return value is None
 
 
-def kkt_tolerance(tol: float, dtype: Any) -> float:
-    """The tolerance asked for, or what rounding leaves in float32."""
-    return max(tol, 2e3 * float(jnp.finfo(dtype).eps))
+def kkt_tolerance(tol: float, lams: Array) -> Array:
+    """The tolerance asked for, or what rounding leaves of a residual made of such multipliers."""
+    return jnp.maximum(tol, 200 * jnp.finfo(lams.dtype).eps * (10.0 + jnp.max(jnp.abs(lams))))
 
 
 def least_delta(expansion: Expansion) -> Array:

@@ -69,8 +69,9 @@ class BoxDDP(AbstractSolver):
     curvature: Literal["exact", "gauss_newton"] = "exact"
     """Second derivatives of the dynamics ("exact", DDP) or none ("gauss_newton", iLQR). Where some Q_uu is not positive
     definite, a multiple of the identity is added, the smallest found that does."""
-    tol: float = 1e-8
-    """Largest entry of the KKT residual at which a solve counts as successful; float32 adds a rounding floor."""
+    tol: float = 1e-9
+    """Largest entry of the KKT residual at which a solve counts as successful, or what rounding allows if that is
+    more: 200·eps·(10 + max|λ|), with eps = 2e-16 in float64 and 1e-7 in float32."""
     max_steps: int = 200
     """Largest number of backward passes."""
 
@@ -100,7 +101,7 @@ class BoxDDP(AbstractSolver):
         duals = _with_multipliers(problem, state, backward, expansion)
         norm = kkt.kkt_norm(kkt.expanded_residual(problem, expansion, duals))
         finite = jnp.isfinite(norm) & jnp.all(jnp.isfinite(expansion.lq.Q))
-        settled = ~finite | (norm <= kkt_tolerance(self.tol, x0.dtype)) & ~unroll
+        settled = ~finite | (norm <= kkt_tolerance(self.tol, duals.lams)) & ~unroll
         us, xs, cost, alpha = _line_search(problem, theta, state, backward, expansion.cost)
         accepted = jnp.all(backward.definite) & (alpha > 0) & ~settled
         lams = _predicted_costates(backward, expansion, xs - state.xs)
@@ -114,10 +115,10 @@ class BoxDDP(AbstractSolver):
         )  # fmt: skip
 
     def running(self, state: BoxDDPState) -> Array:
-        return state.finite & (state.kkt_norm > kkt_tolerance(self.tol, state.us.dtype)) & (state.stalled < 20)
+        return state.finite & (state.kkt_norm > kkt_tolerance(self.tol, state.duals.lams)) & (state.stalled < 20)
 
     def finish(self, problem: Problem, theta: Theta, x0: Array, state: BoxDDPState) -> Solution:
-        converged = state.kkt_norm <= kkt_tolerance(self.tol, x0.dtype)
+        converged = state.kkt_norm <= kkt_tolerance(self.tol, state.duals.lams)
         result = RESULTS.where(converged, RESULTS.successful, RESULTS.not_converged)
         result = RESULTS.where(state.finite, result, RESULTS.non_finite)
         stats = Stats(state.num_steps, jnp.asarray(0), state.kkt_norm)

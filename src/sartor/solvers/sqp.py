@@ -59,8 +59,9 @@ class SQP(AbstractSolver):
     directions, a multiple of the identity is added, the smallest found that does."""
     tau: float = 0.0
     """Barrier: the solution satisfies μt = τ for every inequality, and is smooth in all parameters if τ > 0."""
-    tol: float = 1e-8
-    """Largest entry of the KKT residual at which a solve counts as successful; float32 adds a rounding floor."""
+    tol: float = 1e-9
+    """Largest entry of the KKT residual at which a solve counts as successful, or what rounding allows if that is
+    more: 200·eps·(10 + max|λ|), with eps = 2e-16 in float64 and 1e-7 in float32."""
     max_steps: int = 100
     """Largest number of QPs."""
     max_inner_steps: int = 40
@@ -97,7 +98,7 @@ class SQP(AbstractSolver):
         deltas = _deltas(expansion, state)
         qp = solve_qp(expansion, rules, start, tau, deltas, self.max_inner_steps, unroll)
         omega = jnp.maximum(jnp.abs(qp.point.lams), 0.5 * (state.omega + jnp.abs(qp.point.lams)))
-        settled = ~finite | (norm <= kkt_tolerance(self.tol, norm.dtype)) & ~unroll & (not self.real_time)
+        settled = ~finite | (norm <= kkt_tolerance(self.tol, state.point.lams)) & ~unroll & (not self.real_time)
         merit = Merit(problem, theta, x0, rules, omega)
         alpha, us, xs = self._line_search(merit, expansion, state.point, qp, tau, unroll)
         alpha = jnp.where(qp.regular & ~settled, alpha, 0.0)
@@ -121,11 +122,11 @@ class SQP(AbstractSolver):
     def running(self, state: SQPState) -> Array:
         if self.real_time:
             return state.num_steps == 0
-        return state.finite & (state.kkt_norm > kkt_tolerance(self.tol, state.kkt_norm.dtype)) & (state.stalled < 20)
+        return state.finite & (state.kkt_norm > kkt_tolerance(self.tol, state.point.lams)) & (state.stalled < 20)
 
     def finish(self, problem: Problem, theta: Theta, x0: Array, state: SQPState) -> Solution:
         point = state.point
-        converged = state.kkt_norm <= kkt_tolerance(self.tol, state.kkt_norm.dtype)
+        converged = state.kkt_norm <= kkt_tolerance(self.tol, state.point.lams)
         hard = ~jnp.isfinite(pack(kkt.soft_terms(problem, point.mus)[0]))
         violated = jnp.max(jnp.where(hard, pack(kkt.rows(problem, theta, point.xs, point.us)), 0.0)) > 1e-6
         result = RESULTS.where(converged, RESULTS.successful, RESULTS.not_converged)
