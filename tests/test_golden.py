@@ -116,7 +116,7 @@ def test_arm_error_sensitivities_are_the_golden_ones(arm):
 
 
 def test_curvature_gives_the_golden_slopes_away_from_bounds(arm):
-    # At ±0.1 Nm the slope is Λ ε but for terms of the third order, and the mean over the signs cancels the bounds' part.
+    # The slope at ±0.1 Nm is Λ ε but for third-order terms; the difference of the signs cancels the bounds' part.
     data, _, _, Lambda = arm
     slopes = 0.5 * (data["dJdu0"][:, :, 0] - data["dJdu0"][:, :, 1])
     assert largest_relative(data["action_eps"] * Lambda, slopes).max() < 1e-5

@@ -177,6 +177,10 @@ def row_penalties(problem: Problem, nh: int, nh_terminal: int, dtype: Any) -> tu
     if problem.softening is None:
         hard = jnp.full(nh + nh_terminal, jnp.inf, dtype)
         return hard, hard
+    for name in ("linear", "quadratic"):
+        shape = getattr(problem.softening, name).shape
+        if shape not in ((), (nh + nh_terminal,)):
+            raise ValueError(f"softening.{name} has shape {shape}.")
     linear, quadratic = (
         jnp.broadcast_to(value, (nh + nh_terminal,)).astype(dtype)
         for value in (problem.softening.linear, problem.softening.quadratic)

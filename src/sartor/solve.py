@@ -200,10 +200,11 @@ def _check_theta(theta: Theta) -> None:
 def _check_finite(name: str, value: Any) -> None:
     if isinstance(value, Tracer):
         return
-    bad = np.argwhere(~np.isfinite(np.asarray(value)))
-    if bad.size:
-        where = f"{name}{list(map(int, bad[0])) if bad.shape[1] else ''}"
-        raise ValueError(f"{where} is {np.asarray(value)[tuple(bad[0])]}: {name} has to be finite.")
+    value = np.asarray(value)
+    bad = np.argwhere(~np.isfinite(value))
+    if len(bad):
+        where = f"{name}{list(map(int, bad[0]))}" if value.ndim else name
+        raise ValueError(f"{where} is {value[tuple(bad[0])]}: {name} has to be finite.")
 
 
 def _check_options(problem: Problem, solver: AbstractSolver, derivative: str, curvature: str) -> None:

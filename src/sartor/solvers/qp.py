@@ -111,7 +111,10 @@ def solve_qp(
             alpha = jnp.minimum(1.0, _TO_BOUNDARY * _longest_step(rules, point, change))
             gap, ahead = complementarity(rules, point), complementarity(rules, _move(point, change, alpha))
             target = jnp.maximum(gap * (ahead / jnp.maximum(gap, 1e-300)) ** 3, tau)
-            return (change, target, change.mus * change.slacks, change.violations * change.nus), alpha
+            # At the end of the path the predictor's aim, τ = 0, is not where to go: a plain Newton step is.
+            ahead_of_end = jnp.where(target > tau, 1.0, 0.0)
+            correction_t = ahead_of_end * change.mus * change.slacks
+            return (change, target, correction_t, ahead_of_end * change.violations * change.nus), alpha
 
         none = jnp.zeros_like(g)
         # One loop of two rounds, rather than the same code twice: it halves what has to be compiled.

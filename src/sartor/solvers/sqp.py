@@ -93,7 +93,7 @@ class SQP(AbstractSolver):
         finite = _all_finite(expansion)
         rules = _rules(problem, expansion.rows, state.rho)
         start = self._warm_start(expansion, norm, rules, state.point)
-        tau = jnp.clip(1e-2 * jnp.minimum(norm, norm**2), self._tau_end(x0), 1e-4)
+        tau = jnp.maximum(jnp.minimum(1e-2 * jnp.minimum(norm, norm**2), 1e-4), self._tau_end(x0))
         tau = jnp.full_like(tau, self._tau_end(x0)) if self.real_time else tau  # there is no later QP to make up for it
         deltas = _deltas(expansion, state)
         qp = solve_qp(expansion, rules, start, tau, deltas, self.max_inner_steps, unroll)
