@@ -11,6 +11,8 @@ import sartor
 from cases import PROBLEMS, Inputs, assert_equal, three_ways
 from sartor import RESULTS
 
+pytestmark = pytest.mark.slow  # three Jacobians of every problem: several minutes of compiling
+
 TIGHT = {"sqp": sartor.SQP(tol=1e-11), "box_ddp": sartor.BoxDDP(tol=1e-11)}
 # The sample of each problem, and the inputs in which its controls must have a derivative that is not zero.
 POINTS = {
