@@ -307,18 +307,22 @@ def residual_norms(problem, theta, x0s, sols, tau=0.0):
 
 
 class Inputs(eqx.Module):
-    """All that a solution can be differentiated in: theta, x0, the finite bounds, the softening; as one vector."""
+    """All that a solution can be differentiated in: theta, x0, the finite bounds, the penalties; as one vector."""
 
     problem: sartor.Problem
     theta: Any
     x0: Any
     low: tuple = eqx.field(static=True)
     high: tuple = eqx.field(static=True)
+    soft: tuple = eqx.field(static=True)
 
     def __init__(self, case, i):
         self.problem, self.theta, self.x0 = case.problem, case.theta, case.x0s[i]
         self.low = tuple(np.flatnonzero(np.isfinite(case.problem.u_min)).tolist())
         self.high = tuple(np.flatnonzero(np.isfinite(case.problem.u_max)).tolist())
+        # A penalty of zero is at the end of its range: there is no derivative to both sides.
+        names = () if case.problem.softening is None else ("linear", "quadratic")
+        self.soft = tuple(name for name in names if np.all(getattr(case.problem.softening, name) > 0))
 
     def groups(self):
         """The parts, by name."""
@@ -328,8 +332,10 @@ class Inputs(eqx.Module):
             if index
         }
         numbers = eqx.filter(self.theta, eqx.is_inexact_array)
-        soft = {} if self.problem.softening is None else {"softening": self.problem.softening}
-        return {"theta": numbers, "x0": self.x0} | bounds | soft
+        return {"theta": numbers, "x0": self.x0} | bounds | ({"softening": self._penalties()} if self.soft else {})
+
+    def _penalties(self):
+        return {name: getattr(self.problem.softening, name) for name in self.soft}
 
     def vector(self):
         return ravel_pytree(self.groups())[0]
@@ -342,8 +348,8 @@ class Inputs(eqx.Module):
             if index:
                 bound = getattr(problem, name).at[jnp.asarray(index)].set(groups[name])
                 problem = eqx.tree_at(lambda p, name=name: getattr(p, name), problem, bound)
-        if problem.softening is not None:
-            problem = eqx.tree_at(lambda p: p.softening, problem, groups["softening"])
+        for name in self.soft:
+            problem = eqx.tree_at(lambda p, name=name: getattr(p.softening, name), problem, groups["softening"][name])
         rest = eqx.filter(self.theta, eqx.is_inexact_array, inverse=True)
         return problem, eqx.combine(groups["theta"], rest), groups["x0"]
 
@@ -357,7 +363,7 @@ class Derivatives(NamedTuple):
     values: dict
     """The fields themselves."""
     kkt_norm: Any
-    """Residual at the centre."""
+    """Largest residual at any of the points."""
 
 
 STEP = 2e-4
@@ -397,8 +403,9 @@ def three_ways(inputs, **options):
     reverse = jax.vmap(lambda rows: pull(centre(rows))[0][-n:])(cotangents).reshape(blocks * n, n)[:m]
     around = values[:-n].reshape(len(STENCIL), n, m)
     numeric = jnp.einsum("p,pnm->mn", jnp.asarray(list(STENCIL.values())), around) / (12.0 * steps)
-    one = ravel_pytree(structure)[1](values[-1])
-    return Derivatives(split(forward), split(reverse), split(numeric), one, one["kkt_norm"])
+    all_values = jax.vmap(ravel_pytree(structure)[1])(values)
+    one = jax.tree.map(lambda leaf: leaf[-1], all_values)
+    return Derivatives(split(forward), split(reverse), split(numeric), one, jnp.max(all_values["kkt_norm"]))
 
 
 def assert_equal(one, other, tolerance=1e-6, names=("us", "xs", "lams", "bounds", "path", "cost")):

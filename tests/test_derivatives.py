@@ -46,7 +46,7 @@ def derivatives():
 @all_pairs
 def test_implicit_derivative_equals_central_differences(name, solver, derivatives):
     forward, _, numeric, _, kkt_norm = derivatives(name, solver)
-    assert kkt_norm < 1e-9
+    assert kkt_norm < 1e-11
     assert_equal(forward, numeric)
 
 

@@ -148,7 +148,8 @@ def expanded_residual(problem: Problem, expansion: Expansion, point: Point, tau:
 
 def kkt_norm(r: Residual) -> Float[Array, ""]:
     """Largest absolute entry of the residual."""
-    return jnp.max(jnp.stack([jnp.max(jnp.abs(leaf), initial=0.0) for leaf in jax.tree.leaves(r)]))
+    # Empty leaves are left out: the derivative of a maximum over nothing is 0/0.
+    return jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(r) if leaf.size]))
 
 
 def expand(problem: Problem, theta: Theta, x0: Array, point: Point, exact: bool) -> Expansion:

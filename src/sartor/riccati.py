@@ -28,8 +28,9 @@ class Factors(NamedTuple):
     K: Float[Array, "N nu nx"]
     P: Float[Array, "N_plus_1 nx nx"]
     """Value function ½ xᵀP_k x + p_kᵀx."""
-    Lambda_inv: Float[Array, "N nu nu"]
-    """Inverse of Λ, the Hessian of the cost-to-go in u_k."""
+    W: Float[Array, "N nu nu"]
+    """Λ⁻¹ = WᵀW, with Λ the Hessian of the cost-to-go in u_k. Applied as two factors it is as good as a backward
+    solve where Λ is stiff in some directions, as at active rows; the product would not be."""
     regular: Bool[Array, ""]
     """Whether every Λ is positive definite, so that the solution is the unique strict minimiser."""
 
@@ -56,13 +57,14 @@ def factor(lq: LQ, parallel: bool = False) -> Factors:
     BP = jnp.einsum("kxu,kxy->kuy", lq.B, P[1:])
     Lambda = lq.R + BP @ lq.B
     nu = lq.B.shape[2]
-    eye = jnp.broadcast_to(jnp.eye(nu, dtype=lq.B.dtype), Lambda.shape)
-    solved, pivots = jax.vmap(eliminate)(Lambda, jnp.concatenate([lq.S + BP @ lq.A, eye], axis=2))
-    K, Lambda_inv = -solved[:, :, : lq.A.shape[1]], solved[:, :, lq.A.shape[1] :]
+    whole = jnp.concatenate([lq.S + BP @ lq.A, jnp.broadcast_to(jnp.eye(nu, dtype=P.dtype), Lambda.shape)], axis=2)
+    halved, pivots = jax.vmap(eliminate)(Lambda, whole)
+    half, W = halved[:, :, : lq.A.shape[1]], halved[:, :, lq.A.shape[1] :]
+    K = -jnp.einsum("kvu,kvx->kux", W, half)
     # A pivot is what is left of a diagonal entry once the controls before it are chosen.
     floor = 8 * jnp.finfo(P.dtype).eps * jnp.abs(jnp.diagonal(Lambda, axis1=1, axis2=2))
     regular = jnp.all(pivots > floor) & jnp.all(jnp.isfinite(P))
-    return Factors(lq.A + lq.B @ K, lq.B, K, P, 0.5 * (Lambda_inv + jnp.swapaxes(Lambda_inv, 1, 2)), regular)
+    return Factors(lq.A + lq.B @ K, lq.B, K, P, W, regular)
 
 
 def backsolve(factors: Factors, q: Array, r: Array, c: Array, x0: Array, parallel: bool = False) -> Trajectory:
@@ -78,11 +80,12 @@ def backsolve(factors: Factors, q: Array, r: Array, c: Array, x0: Array, paralle
 
     Gradients: linear in q, r, c, x0; both modes.
     """
-    A_cl, B, K, P, Lambda_inv, _ = factors
+    A_cl, B, K, P, W, _ = factors
     Pc = jnp.einsum("kxy,ky->kx", P[1:], c)
     drive = q[:-1] + jnp.einsum("kux,ku->kx", K, r) + jnp.einsum("kyx,ky->kx", A_cl, Pc)
     p = _affine_scan(jnp.swapaxes(A_cl, 1, 2), drive, q[-1], reverse=True, parallel=parallel)
-    kff = -jnp.einsum("kuv,kv->ku", Lambda_inv, r + jnp.einsum("kxu,kx->ku", B, p[1:] + Pc))
+    half = jnp.einsum("kvu,ku->kv", W, r + jnp.einsum("kxu,kx->ku", B, p[1:] + Pc))
+    kff = -jnp.einsum("kvu,kv->ku", W, half)
     xs = _affine_scan(A_cl, jnp.einsum("kxu,ku->kx", B, kff) + c, x0, reverse=False, parallel=parallel)
     us = jnp.einsum("kux,kx->ku", K, xs[:-1]) + kff
     return Trajectory(us, xs, jnp.einsum("kxy,ky->kx", P, xs) + p)
@@ -173,19 +176,19 @@ def _schur_complement(M: Array, n: int) -> Array:
 
 
 def eliminate(M: Array, rhs: Array) -> tuple[Array, Array]:
-    """Solve M X = rhs for a symmetric positive definite M by Gauss-Jordan elimination, and give the pivots.
+    """W rhs, with M⁻¹ = WᵀW for a symmetric positive definite M, by Gaussian elimination; and the pivots.
 
     Written as a few whole-row operations for each row, since M is small (nu × nu): in a batch this is several times
     faster than one library call for each matrix.
     """
     n = M.shape[0]
-    W = jnp.concatenate([M, rhs], axis=1)
-    pivots = []
+    rows, pivots = jnp.concatenate([M, rhs], axis=1), []
     for i in range(n):
-        pivots.append(W[i, i])
-        row = W[i] / W[i, i]
-        W = jnp.where((jnp.arange(n) == i)[:, None], row, W - W[:, i, None] * row)
-    return W[:, n:], jnp.stack(pivots)
+        pivots.append(rows[i, i])
+        below = (jnp.arange(n) > i)[:, None]
+        rows = jnp.where(below, rows - rows[:, i, None] * (rows[i] / rows[i, i]), rows)
+    pivots = jnp.stack(pivots)
+    return rows[:, n:] / jnp.sqrt(jnp.abs(pivots))[:, None], pivots
 
 
 def _affine_scan(A: Array, b: Array, z: Array, reverse: bool, parallel: bool) -> Array:

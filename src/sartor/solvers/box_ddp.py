@@ -101,7 +101,7 @@ class BoxDDP(AbstractSolver):
         duals = _with_multipliers(problem, state, backward, expansion)
         norm = kkt.kkt_norm(kkt.expanded_residual(problem, expansion, duals))
         finite = jnp.isfinite(norm) & jnp.all(jnp.isfinite(expansion.lq.Q))
-        settled = ~finite | (norm <= kkt_tolerance(self.tol, duals.lams)) & ~unroll
+        settled = ~finite | (norm <= kkt_tolerance(self.tol, duals.lams)) & (not unroll)
         us, xs, cost, alpha = _line_search(problem, theta, state, backward, expansion.cost)
         accepted = jnp.all(backward.definite) & (alpha > 0) & ~settled
         lams = _predicted_costates(backward, expansion, xs - state.xs)
@@ -221,9 +221,10 @@ def _free_solve(H: Array, rhs: Array, clamped: Array) -> tuple[Array, Array]:
     free = ~clamped
     eye = jnp.eye(H.shape[0], dtype=H.dtype)
     masked = jnp.where(free[:, None] & free[None, :], H, eye)
-    solved, pivots = eliminate(masked, jnp.where(free[:, None], rhs, 0.0))
+    halved, pivots = eliminate(masked, jnp.concatenate([jnp.where(free[:, None], rhs, 0.0), eye], axis=1))
+    half, W = halved[:, : rhs.shape[1]], halved[:, rhs.shape[1] :]
     floor = 8 * jnp.finfo(H.dtype).eps * jnp.abs(jnp.diagonal(masked))
-    return jnp.where(free[:, None], solved, 0.0), jnp.all(pivots > floor)
+    return jnp.where(free[:, None], W.T @ half, 0.0), jnp.all(pivots > floor)
 
 
 def _with_multipliers(problem: Problem, state: BoxDDPState, backward: Backward, expansion: Expansion) -> Point:

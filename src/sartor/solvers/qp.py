@@ -70,6 +70,7 @@ def solve_qp(
     deltas: tuple[Array, Array],
     max_steps: int,
     unroll: bool,
+    skip: Array | bool = False,
 ) -> QPState:
     """Solve (D5) from an interior point; `expansion.lq` gives H, `expansion.rows` g and `expansion.jacobian` G.
 
@@ -84,6 +85,7 @@ def solve_qp(
         deltas: Multiple of the identity to begin with, and the one to try first where that does not do.
         max_steps: Limit of interior-point steps.
         unroll: Take exactly `max_steps` steps, in a loop that reverse mode can differentiate.
+        skip: Take no step at all.
 
     Fails: never raises; `regular` is False where no multiple made H positive definite.
     """
@@ -108,8 +110,10 @@ def solve_qp(
 
         def predict_and_correct(previous, _):
             change = direction(*previous[1:])
-            alpha = jnp.minimum(1.0, _TO_BOUNDARY * _longest_step(rules, point, change))
-            gap, ahead = complementarity(rules, point), complementarity(rules, _move(point, change, alpha))
+            # Lengths and targets are choices: derivatives through the iterations hold them fixed.
+            still, ahead = jax.lax.stop_gradient((point, change))
+            alpha = jnp.minimum(1.0, _TO_BOUNDARY * _longest_step(rules, still, ahead))
+            gap, ahead = complementarity(rules, still), complementarity(rules, _move(still, ahead, alpha))
             target = jnp.maximum(gap * (ahead / jnp.maximum(gap, 1e-300)) ** 3, tau)
             # At the end of the path the predictor's aim, τ = 0, is not where to go: a plain Newton step is.
             ahead_of_end = jnp.where(target > tau, 1.0, 0.0)
@@ -130,7 +134,7 @@ def solve_qp(
         return QPState(moved, factors.K, delta, infeasibility, regular | restart, done & regular, state.num_steps + 1)
 
     no_feedback, yes = jnp.zeros_like(lq.S), jnp.asarray(True)
-    begin = QPState(start, no_feedback, deltas[0], jnp.ones_like(tau), yes, ~yes, jnp.asarray(0))
+    begin = QPState(start, no_feedback, deltas[0], jnp.ones_like(tau), yes, yes & skip, jnp.asarray(0))
     return loop(step, lambda state: ~state.done & state.regular, begin, max_steps, unroll)
 
 

@@ -90,15 +90,17 @@ class SQP(AbstractSolver):
     def step(self, problem: Problem, theta: Theta, x0: Array, state: SQPState, unroll: bool) -> SQPState:
         expansion = kkt.expand(problem, theta, x0, state.point, self.curvature == "exact")
         norm = kkt.kkt_norm(kkt.expanded_residual(problem, expansion, state.point, self._tau_end(x0)))
+        norm = jax.lax.stop_gradient(norm)
         finite = _all_finite(expansion)
+        stops = not (unroll or self.real_time)
+        settled = ~finite | (norm <= kkt_tolerance(self.tol, state.point.lams)) & stops
         rules = _rules(problem, expansion.rows, state.rho)
         start = self._warm_start(expansion, norm, rules, state.point)
         tau = jnp.maximum(jnp.minimum(1e-2 * jnp.minimum(norm, norm**2), 1e-4), self._tau_end(x0))
         tau = jnp.full_like(tau, self._tau_end(x0)) if self.real_time else tau  # there is no later QP to make up for it
         deltas = _deltas(expansion, state)
-        qp = solve_qp(expansion, rules, start, tau, deltas, self.max_inner_steps, unroll)
+        qp = solve_qp(expansion, rules, start, tau, deltas, self.max_inner_steps, unroll, settled)
         omega = jnp.maximum(jnp.abs(qp.point.lams), 0.5 * (state.omega + jnp.abs(qp.point.lams)))
-        settled = ~finite | (norm <= kkt_tolerance(self.tol, state.point.lams)) & ~unroll & (not self.real_time)
         merit = Merit(problem, theta, x0, rules, omega)
         alpha, us, xs = self._line_search(merit, expansion, state.point, qp, tau, unroll)
         alpha = jnp.where(qp.regular & ~settled, alpha, 0.0)
