@@ -11,8 +11,6 @@ import sartor
 from cases import PROBLEMS, Inputs, assert_equal, three_ways
 from sartor import RESULTS
 
-pytestmark = pytest.mark.slow  # three Jacobians of every problem: several minutes of compiling
-
 TIGHT = {"sqp": sartor.SQP(tol=1e-11), "box_ddp": sartor.BoxDDP(tol=1e-11)}
 # The sample of each problem, and the inputs in which its controls must have a derivative that is not zero.
 POINTS = {
@@ -26,7 +24,11 @@ POINTS = {
     "soft_both": (0, "theta x0 softening"),
 }
 PAIRS = [(name, "sqp") for name in POINTS] + [("pendulum", "box_ddp"), ("neural", "box_ddp")]
-all_pairs = pytest.mark.parametrize("name, solver", PAIRS)
+# Three Jacobians of each: those that cover what the others do too are left to `-m slow`.
+FAST = [("obstacle", "sqp"), ("soft_both", "sqp"), ("pendulum", "sqp"), ("neural", "box_ddp")]
+all_pairs = pytest.mark.parametrize(
+    "name, solver", [pytest.param(*pair, marks=() if pair in FAST else pytest.mark.slow) for pair in PAIRS]
+)
 _known = {}
 
 
@@ -69,8 +71,10 @@ def test_point_is_generic(name, solver, derivatives):
     assert all(size[group] > 1e-3 for group in groups.split()), size
 
 
-@pytest.mark.parametrize("name, solver", [("pendulum", "sqp"), ("pendulum", "box_ddp"), ("obstacle", "sqp"),
-                                          ("soft_both", "sqp")])  # fmt: skip
+@pytest.mark.parametrize("name, solver", [
+    ("obstacle", "sqp"), ("soft_both", "sqp"), ("pendulum", "sqp"),
+    pytest.param("pendulum", "box_ddp", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_derivative_through_the_iterations_equals_the_implicit_one(name, solver, derivatives):
     inputs = Inputs(PROBLEMS[name], POINTS[name][0])
     start = sartor.solve(inputs.problem, inputs.theta, inputs.x0, solver=TIGHT[solver])
@@ -113,6 +117,7 @@ def gauss_newton(name):
     return jacobian(inputs)
 
 
+@pytest.mark.slow
 def test_gauss_newton_derivative_is_exact_for_a_linear_problem(derivatives):
     expected = derivatives("random_lq", "sqp").forward["us"]
     np.testing.assert_allclose(gauss_newton("random_lq"), expected, atol=1e-8 * np.abs(expected).max())

@@ -131,9 +131,15 @@ class Problem(eqx.Module):
 def rollout(
     problem: Problem, theta: Theta, x0: Float[Array, " nx"], us: Float[Array, "N nu"]
 ) -> Float[Array, "N_plus_1 nx"]:
-    """States x_0 = x0, x_{k+1} = f(x_k, u_k, k, θ) that the model predicts for the controls `us`.
+    """States x_0 = x0, x_{k+1} = f(x_k, u_k, k, θ) that the model predicts for the controls.
 
-    Returns: xs, shape (N+1, nx).
+    Args:
+        problem: Its dynamics and horizon are used.
+        theta: Parameters of the dynamics.
+        x0: Initial state.
+        us: Controls, not clipped to the bounds.
+
+    Returns: xs, shape (N+1, nx); not finite where the dynamics are not.
     Gradients: through the scan, in every argument; both modes.
     """
 
@@ -151,7 +157,14 @@ def total_cost(
 ) -> Float[Array, ""]:
     """J = Σ_{k<N} ℓ(x_k, u_k, k, θ) + ℓ_N(x_N, θ) + the penalties of the soft rows that are violated.
 
-    Hard rows add nothing. Gradients: ordinary, in every argument; both modes.
+    Args:
+        problem: The problem; its hard rows add nothing.
+        theta: Parameters of its functions.
+        xs: States, which need not follow the dynamics.
+        us: Controls.
+
+    Returns: the cost, a scalar.
+    Gradients: ordinary, in every argument; both modes.
     """
     stages = jnp.arange(problem.horizon)
     costs = jax.vmap(lambda x, u, k: problem.stage_cost(x, u, k, theta))(xs[:-1], us, stages)

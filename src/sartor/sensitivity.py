@@ -174,7 +174,12 @@ def trajectory_error(A: Float[Array, "N nx nx"], defect: Float[Array, "... N nx"
     """Sensitivity to an error ê of the predicted trajectory from that to a defect e of its dynamics.
 
     If the prediction seen at stage k is off by ê_k but the error does not propagate, then e_{k+1} = ê_{k+1} - A_k ê_k,
-    so g_k ← g_k - A_kᵀ g_{k+1} for k < N, and g_N stays.
+    so g_k ← g_k - A_kᵀ g_{k+1} for k < N, and g_N stays. What the error does to A_k itself is left out, which is exact
+    for linear dynamics.
+
+    Args:
+        A: State Jacobians of the dynamics at the solution.
+        defect: Sensitivity to the defects e_1 to e_N, from `error_sensitivity`.
     """
     ahead = jnp.einsum("kyx,...ky->...kx", A[1:], defect[..., 1:, :])
     return defect.at[..., :-1, :].add(-ahead)

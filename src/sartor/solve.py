@@ -74,7 +74,15 @@ def solve(
 
 
 def violations(problem: Problem, theta: Theta, sol: Solution) -> Rows:
-    """max(h, 0) of every inequality along a solution: which rows are violated, and by how much."""
+    """max(h, 0) of every inequality along a solution: which rows are violated, and by how much.
+
+    Args:
+        problem: The problem.
+        theta: Its parameters.
+        sol: A solution, in particular one that is `infeasible`.
+
+    Returns: zero for rows that hold, in the units of each row for those that do not.
+    """
     return jax.tree.map(lambda row: jnp.maximum(row, 0.0), kkt.rows(problem, theta, sol.xs, sol.us))
 
 
