@@ -53,18 +53,23 @@ def factor(lq: LQ, parallel: bool = False) -> Factors:
 
     Fails: never raises; `regular` is False where some Λ is not positive definite.
     """
-    P = _parallel_values(lq) if parallel else _sequential_values(lq)
-    BP = jnp.einsum("kxu,kxy->kuy", lq.B, P[1:])
-    Lambda = lq.R + BP @ lq.B
     nu = lq.B.shape[2]
-    whole = jnp.concatenate([lq.S + BP @ lq.A, jnp.broadcast_to(jnp.eye(nu, dtype=P.dtype), Lambda.shape)], axis=2)
-    halved, pivots = jax.vmap(eliminate)(Lambda, whole)
-    half, W = halved[:, :, : lq.A.shape[1]], halved[:, :, lq.A.shape[1] :]
+    F = jnp.concatenate([lq.B, lq.A], axis=2)
+    upper, lower = jnp.concatenate([lq.R, lq.S], 2), jnp.concatenate([jnp.swapaxes(lq.S, 1, 2), lq.Q[:-1]], 2)
+    stages = (F, jnp.concatenate([upper, lower], axis=1))
+    if parallel:
+        P = _parallel_values(lq)
+        _, W, half, definite = jax.vmap(lambda P, stage: _eliminate_controls(P, stage, nu))(P[1:], stages)
+    else:
+
+        def backward(P, stage):
+            P, W, half, definite = _eliminate_controls(P, stage, nu)
+            return P, (P, W, half, definite)
+
+        _, (P, W, half, definite) = jax.lax.scan(backward, lq.Q[-1], stages, reverse=True)
+        P = jnp.concatenate([P, lq.Q[-1:]])
     K = -jnp.einsum("kvu,kvx->kux", W, half)
-    # A pivot is what is left of a diagonal entry once the controls before it are chosen.
-    floor = 8 * jnp.finfo(P.dtype).eps * jnp.abs(jnp.diagonal(Lambda, axis1=1, axis2=2))
-    regular = jnp.all(pivots > floor) & jnp.all(jnp.isfinite(P))
-    return Factors(lq.A + lq.B @ K, lq.B, K, P, W, regular)
+    return Factors(lq.A + lq.B @ K, lq.B, K, P, W, jnp.all(definite) & jnp.all(jnp.isfinite(P)))
 
 
 def backsolve(factors: Factors, q: Array, r: Array, c: Array, x0: Array, parallel: bool = False) -> Trajectory:
@@ -153,26 +158,17 @@ def check_lq(lq: LQ, x0: Array) -> None:
         raise ValueError(f"x0 must have shape ({nx},), not {x0.shape}.")
 
 
-def _sequential_values(lq: LQ) -> Array:
-    nx = lq.A.shape[1]
-
-    def stage(P, matrices):
-        A, B, Q, R, S = matrices
-        F = jnp.concatenate([A, B], axis=1)
-        H = jnp.concatenate([jnp.concatenate([Q, S.T], axis=1), jnp.concatenate([S, R], axis=1)])
-        M = H + F.T @ (P @ F)
-        P = _schur_complement(M, nx)
-        return P, P
-
-    _, Ps = jax.lax.scan(stage, lq.Q[-1], (lq.A, lq.B, lq.Q[:-1], lq.R, lq.S), reverse=True)
-    return jnp.concatenate([Ps, lq.Q[-1:]])
-
-
-def _schur_complement(M: Array, n: int) -> Array:
-    """M_xx - M_xu M_uu⁻¹ M_ux by elimination of the rows from n on; the pivots are positive for convex problems."""
-    for i in range(n, M.shape[0]):
-        M = M - M[:, i, None] * (M[i] / M[i, i])
-    return 0.5 * (M[:n, :n] + M[:n, :n].T)
+def _eliminate_controls(P: Array, stage: tuple[Array, Array], nu: int) -> tuple[Array, Array, Array, Array]:
+    """One stage of (D4): P_k, W, W(S + BᵀPA), and whether Λ is positive definite. Controls come first in F = [B A]."""
+    F, H = stage
+    M = H + F.T @ (P @ F)
+    Lambda = M[:nu, :nu]
+    W, pivots = eliminate(Lambda, jnp.eye(nu, dtype=M.dtype))
+    half = W @ M[:nu, nu:]
+    P = M[nu:, nu:] - half.T @ half
+    # A pivot is what is left of a diagonal entry once the controls before it are chosen.
+    floor = 8 * jnp.finfo(M.dtype).eps * jnp.abs(jnp.diagonal(Lambda))
+    return 0.5 * (P + P.T), W, half, jnp.all(pivots > floor)
 
 
 def eliminate(M: Array, rhs: Array) -> tuple[Array, Array]:

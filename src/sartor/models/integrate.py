@@ -3,6 +3,8 @@
 from collections.abc import Callable
 
 import equinox as eqx
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 
@@ -27,8 +29,13 @@ def rk4(ode: Callable, dt: float) -> Callable:
 
 def _rk4_step(ode: Callable, dt: float, x: Array, u: Array, k: int | Array, theta: PyTree) -> Array:
     del k
-    s1 = ode(x, u, theta)
-    s2 = ode(x + 0.5 * dt * s1, u, theta)
-    s3 = ode(x + 0.5 * dt * s2, u, theta)
-    s4 = ode(x + dt * s3, u, theta)
-    return x + dt / 6.0 * (s1 + 2.0 * s2 + 2.0 * s3 + s4)
+
+    def stage(carry, coefficients):
+        x_next, s = carry
+        place, weight = coefficients
+        s = ode(x + place * dt * s, u, theta)
+        return (x_next + weight * dt * s, s), None
+
+    places, weights = jnp.asarray([0.0, 0.5, 0.5, 1.0], x.dtype), jnp.asarray([1.0, 2.0, 2.0, 1.0], x.dtype) / 6.0
+    # A loop, so that the user's function and its derivatives are compiled once rather than four times.
+    return jax.lax.scan(stage, (x, jnp.zeros_like(x)), (places, weights))[0][0]

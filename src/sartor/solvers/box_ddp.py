@@ -97,7 +97,7 @@ class BoxDDP(AbstractSolver):
     def step(self, problem: Problem, theta: Theta, x0: Array, state: BoxDDPState, unroll: bool) -> BoxDDPState:
         duals = Point(state.us, state.xs, state.lams, state.duals.mus, state.duals.slacks)
         expansion = kkt.expand(problem, theta, x0, duals, self.curvature == "exact")
-        backward, delta = _definite_backward(problem, expansion, state)
+        backward, delta = _definite_backward(problem, expansion, state, unroll)
         duals = _with_multipliers(problem, state, backward, expansion)
         norm = kkt.kkt_norm(kkt.expanded_residual(problem, expansion, duals))
         finite = jnp.isfinite(norm) & jnp.all(jnp.isfinite(expansion.lq.Q))
@@ -127,20 +127,27 @@ class BoxDDP(AbstractSolver):
         return Solution(**duals._asdict(), cost=cost, tau=jnp.zeros((), x0.dtype), result=result, stats=stats)
 
 
-def _definite_backward(problem: Problem, expansion: Expansion, state: BoxDDPState) -> tuple[Backward, Array]:
+def _definite_backward(
+    problem: Problem, expansion: Expansion, state: BoxDDPState, unroll: bool
+) -> tuple[Backward, Array]:
     """The backward pass with the smallest regularisation found that makes every Q_uu positive definite."""
     smallest = jax.lax.stop_gradient(least_delta(expansion))
     first = next_delta(state.delta, state.alpha, smallest)
     retry = jnp.maximum(state.delta / 3.0, smallest)
+    pass_with = lambda delta: _backward(problem, *jax.lax.stop_gradient((expansion, state.us)), delta)
 
     def again(carry):
         delta, _ = carry
         delta = jnp.where(delta < 0, first, jnp.maximum(retry, 8.0 * delta))
-        return delta, jnp.all(_backward(problem, *jax.lax.stop_gradient((expansion, state.us)), delta).definite)
+        return delta, pass_with(delta)
 
-    lacking = lambda carry: ~carry[1] & (carry[0] < 1e12 * smallest)
-    delta, _ = jax.lax.while_loop(lacking, again, (-jnp.ones_like(first), jnp.asarray(False)))
-    return _backward(problem, expansion, state.us, delta), delta
+    def lacking(carry):
+        delta, backward = carry
+        return ~jnp.all(backward.definite) & (delta < 1e12 * smallest)
+
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(pass_with, first))
+    delta, backward = jax.lax.while_loop(lacking, again, (-jnp.ones_like(first), nothing))
+    return _backward(problem, expansion, state.us, delta) if unroll else backward, delta
 
 
 def _backward(problem: Problem, expansion: Expansion, us: Array, delta: Array) -> Backward:
@@ -206,9 +213,7 @@ def box_qp(
         improved = jnp.min(values) < objective(v)
         return jnp.where(improved, new, v), ~improved | optimal(new), count + 1
 
-    # Where H is definite, the clipped Newton point is close to the minimiser, or is it (always so for one control).
-    unbounded, definite = _free_solve(H_, -g_[:, None], jnp.zeros(g_.shape, bool))
-    start = jnp.clip(jnp.where(definite, unbounded[:, 0], 0.0), low_, high_)
+    start = jnp.clip(jnp.zeros_like(g_), low_, high_)
     v, _, _ = jax.lax.while_loop(lambda carry: ~carry[1] & (carry[2] < 20), newton, (start, optimal(start), 0))
     clamped = clamped_at(v)
     at_bound = jnp.where(clamped, jnp.where(v <= low_, low, high), 0.0)
