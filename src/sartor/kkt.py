@@ -94,9 +94,8 @@ def rows(problem: Problem, theta: Theta, xs: Array, us: Array) -> Rows:
 
 def bounded(problem: Problem) -> Rows:
     """Which inequalities exist at all (True), an infinite bound being none; broadcastable against `Rows`."""
-    low = jnp.broadcast_to(jnp.isfinite(problem.u_min), (problem.horizon, problem.nu))
-    high = jnp.broadcast_to(jnp.isfinite(problem.u_max), (problem.horizon, problem.nu))
-    return Rows(low, high, jnp.asarray(True), jnp.asarray(True))
+    low, high = problem.bounds
+    return Rows(jnp.isfinite(low), jnp.isfinite(high), jnp.asarray(True), jnp.asarray(True))
 
 
 def lagrangian(problem: Problem, theta: Theta, x0: Array, point: Point) -> Float[Array, ""]:

@@ -266,9 +266,10 @@ def _tail_costate(
 def _tail(problem: Problem) -> Problem:
     """The problem without its first stage."""
     later = lambda fn: None if fn is None else _Later(fn)
+    u_min, u_max = (bound if bound.ndim == 1 else bound[1:] for bound in (problem.u_min, problem.u_max))
     return Problem(
         dynamics=_Later(problem.dynamics), stage_cost=_Later(problem.stage_cost), terminal_cost=problem.terminal_cost,
-        horizon=problem.horizon - 1, u_min=problem.u_min, u_max=problem.u_max,
+        horizon=problem.horizon - 1, u_min=u_min, u_max=u_max,
         constraints=later(problem.constraints), terminal_constraints=problem.terminal_constraints,
         softening=problem.softening,
     )  # fmt: skip
@@ -285,7 +286,7 @@ class _Later(eqx.Module):
 
 def _terminal_penalty(problem: Problem, theta: Theta, x: Array) -> Array:
     h = problem.terminal_rows(x, theta)
-    path = jax.eval_shape(lambda: problem.path_rows(x, problem.u_min, jnp.asarray(0), theta))
+    path = jax.eval_shape(lambda: problem.path_rows(x, problem.bounds[0][0], jnp.asarray(0), theta))
     linear, quadratic = _split_penalties(problem, theta, x, path)[1]
     return jnp.sum(penalty(h, linear, quadratic))
 

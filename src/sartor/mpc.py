@@ -80,7 +80,8 @@ class MPC(eqx.Module):
         theta = self._theta(k)
         sol = solve(self.problem, theta, x, solver=self.solver, guess=memory.guess, throw=False)
         us = jnp.where(sol.successful & _finite(sol), sol.us, memory.us)
-        u = jnp.clip(us[0], self.problem.u_min, self.problem.u_max)
+        low, high = self.problem.bounds
+        u = jnp.clip(us[0], low[0], high[0])
         cost = self.problem.stage_cost(x, u, 0, theta)
         info = Info(cost, sol.result, sol.stats.num_steps + memory.num_steps, sol.stats.kkt_norm)
         next_guess = shift(_choose(_finite(sol), sol, memory.guess))
@@ -217,8 +218,7 @@ def window(reference: PyTree, k: Int[Array, ""] | int, num_rows: int) -> PyTree:
 
 def _cold_start(problem: Problem, theta: Theta, x: Array, like: Solution) -> Solution:
     """The controls nearest to zero and their rollout, or the state repeated where that is not finite."""
-    u = jnp.clip(jnp.zeros_like(like.us[0]), problem.u_min, problem.u_max).astype(like.us.dtype)
-    us = jnp.tile(u, (problem.horizon, 1))
+    us = jnp.clip(jnp.zeros_like(like.us), *problem.bounds).astype(like.us.dtype)
     xs = rollout(problem, theta, x, us)
     xs = jnp.where(jnp.all(jnp.isfinite(xs)), xs, jnp.broadcast_to(x, xs.shape))
     empty = jax.tree.map(jnp.zeros_like, like)

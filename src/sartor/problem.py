@@ -60,10 +60,10 @@ class Problem(eqx.Module):
     """ℓ_N(x, theta) -> scalar."""
     horizon: int = eqx.field(static=True)
     """N, the number of controls."""
-    u_min: Float[Array, " nu"]
-    """Lower bounds of the control, the same at all stages; -inf where there is none."""
-    u_max: Float[Array, " nu"]
-    """Upper bounds of the control; +inf where there is none."""
+    u_min: Float[Array, "*N nu"]
+    """Lower bounds of the control, (nu,) for all stages or (N, nu); -inf where there is none."""
+    u_max: Float[Array, "*N nu"]
+    """Upper bounds of the control in the same shape; +inf where there is none."""
     constraints: Callable | None = eqx.field(static=True, default=None)
     """h(x, u, k, theta) -> (nh,), feasible where ≤ 0, for k = 0..N-1."""
     terminal_constraints: Callable | None = eqx.field(static=True, default=None)
@@ -103,9 +103,11 @@ class Problem(eqx.Module):
         for name in ("constraints", "terminal_constraints"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 raise ValueError(f"{name} must be a function or None, not {type(getattr(self, name)).__name__}.")
-        if self.u_min.ndim != 1 or self.u_min.shape != self.u_max.shape or self.u_min.shape[0] == 0:
+        shapes = [(self.nu,), (self.horizon, self.nu)] if self.u_min.ndim in (1, 2) else []
+        if self.u_min.shape not in shapes or self.u_min.shape != self.u_max.shape or self.nu == 0:
             raise ValueError(
-                f"u_min and u_max must have shape (nu,) with nu ≥ 1, not {self.u_min.shape} and {self.u_max.shape}."
+                f"u_min and u_max must have shape (nu,) or ({self.horizon}, nu), horizon first, with nu ≥ 1, not"
+                f" {self.u_min.shape} and {self.u_max.shape}."
                 " Use ±inf for a control without a bound."
             )
         check_bounds(self.u_min, self.u_max)
@@ -113,7 +115,13 @@ class Problem(eqx.Module):
     @property
     def nu(self) -> int:
         """Number of controls."""
-        return self.u_min.shape[0]
+        return self.u_min.shape[-1]
+
+    @property
+    def bounds(self) -> tuple[Float[Array, "N nu"], Float[Array, "N nu"]]:
+        """u_min and u_max of every stage."""
+        shape = (self.horizon, self.nu)
+        return jnp.broadcast_to(self.u_min, shape), jnp.broadcast_to(self.u_max, shape)
 
     def path_rows(self, x: Array, u: Array, k: Any, theta: Theta) -> Array:
         """h(x, u, k, θ), shape (nh,); empty without constraints."""
@@ -216,11 +224,12 @@ def check_bounds(u_min: Array, u_max: Array) -> None:
     low, high = np.asarray(u_min), np.asarray(u_max)
     if np.isnan(low).any() or np.isnan(high).any():
         raise ValueError("u_min or u_max is NaN: use -inf and +inf for a control without a bound.")
-    crossed = np.flatnonzero(low >= high)
+    crossed = np.argwhere(low >= high)
     if crossed.size:
-        i = int(crossed[0])
+        i = tuple(crossed[0])
+        where = ", ".join(map(str, i))
         raise ValueError(
-            f"u_min must be below u_max, but u_min[{i}] = {low[i]} and u_max[{i}] = {high[i]}."
+            f"u_min must be below u_max, but u_min[{where}] = {low[i]} and u_max[{where}] = {high[i]}."
             " To fix a control, put its value into theta and drop it from u."
         )
 

@@ -172,8 +172,7 @@ def _tangent(fn, primals: tuple, tangents: tuple) -> Any:
 def _start(problem: Problem, theta: Theta, x0: Array, guess: Solution | None) -> Solution:
     """The guess with zeros for unknown multipliers; or the rollout of the controls nearest to zero."""
     if guess is None:
-        nearest = jnp.clip(jnp.zeros_like(problem.u_min), problem.u_min, problem.u_max)
-        us = jnp.broadcast_to(nearest, (problem.horizon, problem.nu))
+        us = jnp.clip(jnp.zeros((problem.horizon, problem.nu), x0.dtype), *problem.bounds)
         xs = rollout(problem, theta, x0, us)
         usable = jnp.all(jnp.isfinite(xs)) & (jnp.max(jnp.abs(xs)) < 1e4 * (1.0 + jnp.max(jnp.abs(x0))))
         start = solution.guess(jnp.where(usable, xs, x0), us)
@@ -282,8 +281,9 @@ def _check_guess(problem: Problem, theta: Theta, x0: Array, guess: Solution) -> 
     outside = np.argwhere((guess.us < problem.u_min - slack) | (guess.us > problem.u_max + slack))
     if outside.size:
         k, i = map(int, outside[0])
+        low, high = (bound[k, i] for bound in problem.bounds)
         raise ValueError(
-            f"guess.us[{k}, {i}] = {guess.us[k, i]} is outside of the bounds [{problem.u_min[i]}, {problem.u_max[i]}]:"
+            f"guess.us[{k}, {i}] = {guess.us[k, i]} is outside of the bounds [{low}, {high}]:"
             " clip the guess, or widen u_min and u_max."
         )
 

@@ -156,22 +156,23 @@ def _backward(problem: Problem, expansion: Expansion, us: Array, delta: Array) -
 
     def stage(carry, inputs):
         P, p, lam = carry
-        (A, B, _, Q, R, S, q, r), u = inputs
+        (A, B, _, Q, R, S, q, r), low, high = inputs
         gradient, lam = r + B.T @ lam, q + A.T @ lam
         Q_x, Q_u = q + A.T @ p, r + B.T @ p
         Q_uu, Q_ux, Q_xx = R + B.T @ P @ B, S + B.T @ P @ A, Q + A.T @ P @ A
         shifted = delta * B.T
         kff, K, definite = box_qp(
-            Q_uu + shifted @ B + delta * jnp.eye(u.shape[0], dtype=u.dtype),
-            Q_u, Q_ux + shifted @ A, problem.u_min - u, problem.u_max - u,
+            Q_uu + shifted @ B + delta * jnp.eye(low.shape[0], dtype=low.dtype),
+            Q_u, Q_ux + shifted @ A, low, high,
         )  # fmt: skip
         P = Q_xx + K.T @ Q_uu @ K + K.T @ Q_ux + Q_ux.T @ K
         p = Q_x + K.T @ (Q_uu @ kff + Q_u) + Q_ux.T @ kff
         P = 0.5 * (P + P.T)
         return (P, p, lam), Backward(kff, K, P, p, lam, gradient, Q_u @ kff, definite)
 
+    low, high = problem.bounds
     last = lq._replace(Q=lq.Q[:-1], q=lq.q[:-1])
-    return jax.lax.scan(stage, (lq.Q[-1], lq.q[-1], lq.q[-1]), (last, us), reverse=True)[1]
+    return jax.lax.scan(stage, (lq.Q[-1], lq.q[-1], lq.q[-1]), (last, low - us, high - us), reverse=True)[1]
 
 
 def box_qp(
@@ -254,12 +255,12 @@ def _line_search(
 
     def forward(alpha):
         def advance(x, stage):
-            u, x_old, kff, K, k = stage
-            u = jnp.clip(u + alpha * kff + K @ (x - x_old), problem.u_min, problem.u_max)
+            u, x_old, kff, K, low, high, k = stage
+            u = jnp.clip(u + alpha * kff + K @ (x - x_old), low, high)
             x_next = problem.dynamics(x, u, k, theta)
             return x_next, (u, x_next)
 
-        stages = (state.us, state.xs[:-1], backward.kff, backward.K, jnp.arange(problem.horizon))
+        stages = (state.us, state.xs[:-1], backward.kff, backward.K, *problem.bounds, jnp.arange(problem.horizon))
         _, (us, xs) = jax.lax.scan(advance, state.xs[0], stages)
         xs = jnp.concatenate([state.xs[:1], xs])
         return us, xs, total_cost(problem, theta, xs, us)

@@ -223,12 +223,13 @@ class Merit(NamedTuple):
         problem = self.problem
 
         def advance(x, stage):
-            u, x_step, K, k = stage
-            u = jnp.clip(u + K @ (x - x_step), problem.u_min, problem.u_max)
+            u, x_step, K, low, high, k = stage
+            u = jnp.clip(u + K @ (x - x_step), low, high)
             x_next = problem.dynamics(x, u, k, self.theta)
             return x_next, (u, x_next)
 
-        _, (us, x_next) = jax.lax.scan(advance, self.x0, (us, xs[:-1], K, jnp.arange(problem.horizon)))
+        stages = (us, xs[:-1], K, *problem.bounds, jnp.arange(problem.horizon))
+        _, (us, x_next) = jax.lax.scan(advance, self.x0, stages)
         return us, jnp.concatenate([self.x0[None], x_next])
 
 
