@@ -10,6 +10,7 @@ import cases
 import sartor
 from cases import PROBLEMS, Inputs, assert_equal, three_ways
 from sartor import RESULTS
+from sartor.systems import cartpole
 
 TIGHT = {"sqp": sartor.SQP(tol=1e-11), "box_ddp": sartor.BoxDDP(tol=1e-11)}
 # The sample of each problem, and the inputs in which its controls must have a derivative that is not zero.
@@ -128,6 +129,27 @@ def test_gauss_newton_derivative_is_off_where_constraints_are_curved(derivatives
     expected = derivatives("obstacle", "sqp").numeric["us"]
     error = np.max(np.abs(gauss_newton("obstacle") - expected)) / np.max(np.abs(expected))
     assert 0.1 < error < 10.0
+
+
+CART_POLE = {
+    # d(Σ x² + u²)/d(g, m_cart, m_pole, l) of `systems.cartpole` from a pole 2.5 rad off the top that turns with 1 rad/s:
+    # differences of solutions by IPOPT, and what mpc.pytorch 0.0.6 gives (ANALYTIC), by benchmarks/cartpole_gradient.py.
+    "exact": (85.7766, 1985.3753, 754.9357, 1737.3622),
+    "gauss_newton": (51.6652, 2002.9464, 681.7979, 3714.8005),
+}
+
+
+@pytest.mark.parametrize("curvature", CART_POLE)
+def test_cart_pole_gradient_that_needs_second_derivatives(curvature):
+    problem, x0 = cartpole.problem(25), jnp.asarray([0.0, 0.0, np.cos(2.5), np.sin(2.5), 1.0])
+
+    @jax.jit
+    @jax.grad
+    def slope(theta):
+        sol = sartor.solve(problem, theta, x0, solver=sartor.BoxDDP(), curvature=curvature, throw=False)
+        return jnp.sum(sol.xs**2) + jnp.sum(sol.us**2)
+
+    np.testing.assert_allclose(jax.tree.leaves(slope(cartpole.default_theta())), CART_POLE[curvature], rtol=1e-6)
 
 
 def bounded_scalar(bound=0.8):

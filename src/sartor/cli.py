@@ -128,9 +128,11 @@ def _stored(folder: Path) -> closed_loop.Config:
 
 
 def _configure_jax() -> None:
-    """float64, and compiled code kept from one run to the next in the user's cache folder."""
+    """float64, a compiler that is quick, and compiled code kept from one run to the next in the user's cache folder."""
     import jax
 
+    if jax.__version_info__[:2] == (0, 10):  # an unknown flag would end the program
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sartor" / "jax"
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_compilation_cache_dir", str(cache))
