@@ -277,13 +277,15 @@ def _check_guess(problem: Problem, theta: Theta, x0: Array, guess: Solution) -> 
         _check_finite(f"guess.{name}", value)
     if any(isinstance(v, Tracer) for v in (guess.us, problem.u_min, problem.u_max)):
         return
-    slack = 1e-6 * (1.0 + np.abs(np.asarray(guess.us)))
-    outside = np.argwhere((guess.us < problem.u_min - slack) | (guess.us > problem.u_max + slack))
+    # In NumPy: with jax.numpy even known values become traced ones inside of `jit`.
+    us, low, high = (np.asarray(value) for value in (guess.us, problem.u_min, problem.u_max))
+    low, high = np.broadcast_to(low, us.shape), np.broadcast_to(high, us.shape)
+    slack = 1e-6 * (1.0 + np.abs(us))
+    outside = np.argwhere((us < low - slack) | (us > high + slack))
     if outside.size:
         k, i = map(int, outside[0])
-        low, high = (bound[k, i] for bound in problem.bounds)
         raise ValueError(
-            f"guess.us[{k}, {i}] = {guess.us[k, i]} is outside of the bounds [{low}, {high}]:"
+            f"guess.us[{k}, {i}] = {us[k, i]} is outside of the bounds [{low[k, i]}, {high[k, i]}]:"
             " clip the guess, or widen u_min and u_max."
         )
 

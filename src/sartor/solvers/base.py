@@ -115,8 +115,9 @@ def _is_none(value: Any) -> bool:
 
 
 def kkt_tolerance(tol: float, lams: Array) -> Array:
-    """The tolerance asked for, or what rounding leaves of a residual made of such multipliers."""
-    return jnp.maximum(tol, 200 * jnp.finfo(lams.dtype).eps * (10.0 + jnp.max(jnp.abs(lams))))
+    """The tolerance asked for, or what rounding leaves of a residual made of such multipliers, but never much."""
+    eps = jnp.finfo(lams.dtype).eps
+    return jnp.maximum(tol, jnp.minimum(200 * eps * (10.0 + jnp.max(jnp.abs(lams))), 100 * eps**0.5))
 
 
 def least_delta(expansion: Expansion) -> Array:

@@ -71,7 +71,7 @@ class BoxDDP(AbstractSolver):
     definite, a multiple of the identity is added, the smallest found that does."""
     tol: float = 1e-9
     """Largest entry of the KKT residual at which a solve counts as successful, or what rounding allows if that is
-    more: 200·eps·(10 + max|λ|), with eps = 2e-16 in float64 and 1e-7 in float32."""
+    more: 200·eps·(10 + max|λ|), at most 100·√eps; eps = 2e-16 in float64 and 1e-7 in float32."""
     max_steps: int = 200
     """Largest number of backward passes."""
 

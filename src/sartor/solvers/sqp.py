@@ -61,7 +61,7 @@ class SQP(AbstractSolver):
     """Barrier: the solution satisfies μt = τ for every inequality, and is smooth in all parameters if τ > 0."""
     tol: float = 1e-9
     """Largest entry of the KKT residual at which a solve counts as successful, or what rounding allows if that is
-    more: 200·eps·(10 + max|λ|), with eps = 2e-16 in float64 and 1e-7 in float32."""
+    more: 200·eps·(10 + max|λ|), at most 100·√eps; eps = 2e-16 in float64 and 1e-7 in float32."""
     max_steps: int = 100
     """Largest number of QPs."""
     max_inner_steps: int = 40
