@@ -178,7 +178,8 @@ def test_guess_has_to_fit_and_to_respect_the_bounds(name, make):
 def test_known_guess_is_taken_and_checked_while_the_state_is_traced():
     good = sartor.guess(jnp.zeros((N + 1, NX)), jnp.full((N, NU), 0.1))
     bad = sartor.guess(jnp.zeros((N + 1, NX)), jnp.zeros((N, NU)).at[1].set(1.1))
-    run = lambda guess: jax.eval_shape(lambda x0: sartor.solve(problem(), THETA, x0, guess=guess).us, X0)
+    known = problem()
+    run = lambda guess: jax.eval_shape(lambda x0: sartor.solve(known, THETA, x0, guess=guess).us, X0)
     with pytest.raises(AssertionError, match="as far as the compiler"):
         run(good)
     with pytest.raises(ValueError, match=r"guess\.us\[1, 0\].*u_max"):
