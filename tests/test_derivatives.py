@@ -132,8 +132,8 @@ def test_gauss_newton_derivative_is_off_where_constraints_are_curved(derivatives
 
 
 CART_POLE = {
-    # d(Σ x² + u²)/d(g, m_cart, m_pole, l) of `systems.cartpole` from a pole 2.5 rad off the top that turns with 1 rad/s:
-    # differences of solutions by IPOPT, and what mpc.pytorch 0.0.6 gives (ANALYTIC), by benchmarks/cartpole_gradient.py.
+    # d(Σ x² + u²)/d(g, m_cart, m_pole, l) from a pole 2.5 rad off the top that turns with 1 rad/s: differences of
+    # solutions by IPOPT, and what mpc.pytorch 0.0.6 gives (ANALYTIC), both by benchmarks/cartpole_gradient.py.
     "exact": (85.7766, 1985.3753, 754.9357, 1737.3622),
     "gauss_newton": (51.6652, 2002.9464, 681.7979, 3714.8005),
 }
@@ -186,8 +186,8 @@ def test_derivative_at_a_singular_solution_is_nan_and_named(name):
     (_, status), (tangent, _) = run(theta)
     assert sartor.regularity(problem, theta, sol) != RESULTS.successful
     assert jnp.all(jnp.isnan(tangent))
-    if sol.successful:
-        assert status == RESULTS.singular._value
+    expected = RESULTS.singular if sol.successful else sol.result
+    assert status == expected._value
     with pytest.raises(sartor.SolveError):
         sartor.error_sensitivity(problem, theta, sol)
 
@@ -247,6 +247,21 @@ def test_derivative_of_a_failed_solve_is_nan_and_can_be_masked_out_of_a_batch():
     _, one = jax.value_and_grad(lambda t: total(problem, t, x0s[0]))(theta)
     _, other = jax.value_and_grad(lambda t: total(problem, t, x0s[2]))(theta)
     np.testing.assert_allclose(masked, one + other, rtol=1e-7)
+
+
+def test_sample_that_is_not_finite_can_be_masked_out_of_a_batch():
+    case = PROBLEMS["scalar_lq"]
+    x0s = jnp.asarray([[1.0], [jnp.nan], [-2.0]])
+
+    @jax.jit
+    @jax.grad
+    def slope(theta, x0s):
+        sols = jax.vmap(lambda x0: sartor.solve(case.problem, theta, x0))(x0s)
+        return jnp.sum(jnp.where(sols.successful, sols.cost + sols.us[:, 0, 0], 0.0))
+
+    expected = slope(case.theta, x0s[::2])
+    assert np.all(np.isfinite(expected))
+    np.testing.assert_allclose(slope(case.theta, x0s), expected, rtol=1e-9)
 
 
 def total(problem, theta, x0):

@@ -143,3 +143,20 @@ def test_window_repeats_the_last_row():
 def test_disturbance_needs_a_key(controller, starts):
     with pytest.raises(ValueError, match="disturbance and key"):
         simulate(plant, controller, starts[0], 1, key=jax.random.key(0))
+
+
+def test_bounds_of_each_stage_do_not_stop_the_loop():
+    """A shifted plan need not respect the bounds of the stages that it was shifted to."""
+    low = -jnp.linspace(2.0, 0.2, 10)[:, None]
+    tight = sartor.Problem(
+        dynamics=lambda x, u, k, theta: x + 0.2 * jnp.stack([x[1], u[0]]),
+        stage_cost=lambda x, u, k, theta: x @ x + 0.01 * u @ u, terminal_cost=lambda x, theta: 5.0 * x @ x,
+        horizon=10, u_min=low, u_max=-low,
+    )  # fmt: skip
+    controller, x = sartor.MPC(tight, jnp.asarray(1.0)), jnp.asarray([2.0, 1.0])
+    memory = controller.init(x)
+    for k in range(3):
+        u, memory, info = controller(x, k, memory)
+        assert info.result == sartor.RESULTS.successful
+        x = tight.dynamics(x, u, 0, None)
+    assert abs(float(u[0])) <= 2.0

@@ -120,7 +120,7 @@ def test_one_factorisation_serves_many_right_hand_sides(samples):
 def test_associative_scan_gives_the_answer_of_the_sequential_one(num_stages):
     lq, x0 = random_lq(np.random.default_rng(3), num_stages)
     sequential, parallel = factor(lq, False), factor(lq, True)
-    for name in ("A_cl", "K", "P", "W"):
+    for name in ("A_cl", "K", "P", "root"):
         np.testing.assert_allclose(getattr(parallel, name), getattr(sequential, name), rtol=1e-9, atol=1e-9)
     assert bool(parallel.regular) and bool(sequential.regular)
     one, other = lqr(lq, x0, False), lqr(lq, x0, True)

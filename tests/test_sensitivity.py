@@ -222,6 +222,41 @@ def test_labels_of_a_batch_are_those_of_single_samples_and_a_failed_one_is_refus
     np.testing.assert_allclose(labels.S[2], sartor.label(problem, theta, x0s[2]).S, rtol=1e-9)
 
 
+def limited(softening):
+    """Two controls whose sum is limited at every stage, by a row that is active at the first one."""
+    return sartor.Problem(
+        dynamics=lambda x, u, k, theta: x + jnp.stack([u[0] + 0.5 * u[1], u[1]]),
+        stage_cost=lambda x, u, k, theta: theta * x @ x + 0.5 * u @ u + 0.1 * u[0] * u[1],
+        terminal_cost=lambda x, theta: theta * x @ x,
+        horizon=3, u_min=[-9.0, -9.0], u_max=[9.0, 9.0],
+        constraints=lambda x, u, k, theta: (u[0] + u[1] - 1.0)[None], softening=softening,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("softening", [None, sartor.Softening(50.0, 3.0)], ids=["hard", "soft, held at its kink"])
+def test_rows_of_the_first_stage_that_are_active_count_in_the_slope(softening):
+    problem, theta, x0 = limited(softening), jnp.asarray(1.0), jnp.asarray([-3.0, -4.0])
+    sol = sartor.solve(problem, theta, x0, solver=SOLVER)
+    assert 0.1 < float(sol.mus.path[0, 0]) < 49.0
+    eps = 1e-4
+    resolved, curved = (
+        sartor.action_sensitivity(problem, theta, x0, sol, eps=eps, method=method, solver=SOLVER)
+        for method in ("resolve", "curvature")
+    )
+    assert np.all(resolved > 1.0)
+    np.testing.assert_allclose(curved, resolved, rtol=1e-5)
+
+
+def test_single_precision_gives_single_precision_sensitivities(several):
+    problem, theta, x0, _, _ = several
+    theta, x0 = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), (theta, x0))
+    sol = sartor.solve(problem, theta, x0)
+    du0_de, label = sartor.error_sensitivity(problem, theta, sol), sartor.label(problem, theta, x0)
+    assert du0_de.dtype == label.S.dtype == label.dJ_du0.dtype == jnp.float32
+    expected = sartor.error_sensitivity(*several[:2], several[3])
+    np.testing.assert_allclose(du0_de, expected, atol=1e-3 * np.abs(expected).max())
+
+
 def test_regret_factor_gives_the_cost_of_an_error_to_second_order(inside):
     """To plan with the error, apply the first control without it and go on optimally costs ½‖F e‖² more."""
     problem, theta, x0, sol = inside
@@ -257,3 +292,11 @@ def test_wrong_options_are_named(inside, options, message):
     problem, theta, x0, _ = inside
     with pytest.raises(ValueError, match=message):
         sartor.label(problem, theta, x0, **options)
+
+
+def test_wrong_options_of_the_sensitivities_are_named(inside):
+    problem, theta, _, sol = inside
+    with pytest.raises(ValueError, match="curvature must be"):
+        sartor.error_sensitivity(problem, theta, sol, curvature="Exact")
+    with pytest.raises(ValueError, match="error must be"):
+        sartor.regret_factor(problem, theta, sol, error="state")

@@ -253,7 +253,62 @@ def test_linear_family_with_saturated_controls_converges_for_all_128_samples(key
     assert jnp.mean(jnp.any(at_bound, axis=(1, 2))) > 0.5
 
 
-def test_results_of_a_batch_can_be_compared_and_their_messages_say_what_to_do():
-    for result in (RESULTS.not_converged, RESULTS.infeasible, RESULTS.non_finite, RESULTS.singular):
-        assert len(RESULTS[result]) > 40
-    assert RESULTS[RESULTS.successful] == ""
+def steep(scale):
+    """Held at x_N ≥ 1 against a cost that is `scale` times larger than everything else."""
+    return sartor.Problem(
+        dynamics=lambda x, u, k, theta: x + theta * u,
+        stage_cost=lambda x, u, k, theta: scale * (x @ x + u @ u),
+        terminal_cost=lambda x, theta: scale * x @ x,
+        horizon=2, u_min=[-5.0], u_max=[5.0],
+        terminal_constraints=lambda x, theta: 1.0 - x,
+    )  # fmt: skip
+
+
+def test_real_time_step_tells_infeasible_and_non_finite_problems():
+    solver = sartor.SQP(real_time=True)
+    problem, x0s = cases.infeasible(), jnp.asarray([[3.5], [0.0], [jnp.nan]])
+    sols = jax.jit(jax.vmap(lambda x0: sartor.solve(problem, 5.0, x0, solver=solver)))(x0s)
+    expected = (RESULTS.successful, RESULTS.infeasible, RESULTS.non_finite)
+    for i in range(3):
+        assert cases.sample(sols.result, i) == expected[i]
+
+
+def test_real_time_step_from_a_solution_with_large_multipliers_stays_there():
+    problem = steep(1e4)
+    sol = sartor.solve(problem, 1.0, jnp.zeros(1))
+    assert float(sol.mus.terminal[0]) > 1e4
+    again = sartor.solve(problem, 1.0, jnp.zeros(1), guess=sol, solver=sartor.SQP(real_time=True))
+    np.testing.assert_allclose(again.us, sol.us, atol=1e-7)
+
+
+def test_a_feasible_problem_that_ran_out_of_steps_is_not_called_infeasible():
+    problem = sartor.Problem(
+        dynamics=lambda x, u, k, theta: x + u, stage_cost=lambda x, u, k, theta: 0.1 * u @ u,
+        terminal_cost=lambda x, theta: jnp.zeros(()), horizon=2, u_min=[-9.0], u_max=[9.0],
+        terminal_constraints=lambda x, theta: jnp.exp(x) - theta,
+    )  # fmt: skip
+    short = sartor.solve(problem, 1e-3, jnp.ones(1), solver=sartor.SQP(max_steps=4), throw=False)
+    assert short.result == RESULTS.not_converged
+    assert sartor.solve(problem, 1e-3, jnp.ones(1), throw=False).successful
+
+
+@pytest.mark.parametrize("solver", cases.SOLVERS)
+def test_traced_bounds_that_are_crossed_end_as_infeasible(solver):
+    case = cases.PROBLEMS["scalar_lq"]
+
+    @jax.jit
+    def status(low, high):
+        problem = eqx.tree_at(lambda p: (p.u_min, p.u_max), case.problem, (low, high))
+        sol = sartor.solve(problem, case.theta, jnp.asarray([-5.0]), solver=cases.SOLVERS[solver])
+        return sol.result
+
+    assert status(jnp.asarray([0.5]), jnp.asarray([-0.5])) == RESULTS.infeasible
+    assert status(jnp.asarray([-0.5]), jnp.asarray([0.5])) == RESULTS.successful
+
+
+def test_shift_takes_one_solution():
+    case = cases.PROBLEMS["scalar_lq"]
+    sols = jax.vmap(lambda x0: sartor.solve(case.problem, case.theta, x0))(case.x0s)
+    with pytest.raises(ValueError, match=r"jax\.vmap\(shift\)"):
+        sartor.shift(sols)
+    np.testing.assert_array_equal(jax.vmap(sartor.shift)(sols).us[:, 0], sols.us[:, 1])

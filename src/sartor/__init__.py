@@ -6,6 +6,9 @@ from sartor.labels import action_gradient as action_gradient
 from sartor.labels import action_sensitivity as action_sensitivity
 from sartor.labels import label as label
 from sartor.labels import regret_factor as regret_factor
+from sartor.mpc import MPC as MPC
+from sartor.mpc import Episode as Episode
+from sartor.mpc import simulate as simulate
 from sartor.problem import Problem as Problem
 from sartor.problem import Softening as Softening
 from sartor.problem import rollout as rollout

@@ -15,8 +15,11 @@ from typing import Any, Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
+from sartor import kkt
 from sartor.problem import Problem, Theta, penalty, row_penalties
 from sartor.sensitivity import (
     Linearisation,
@@ -98,10 +101,12 @@ def action_sensitivity(
 ) -> Float[Array, " nu"]:
     """The effective |dJ/du_0| of a solution: the mean magnitude of the slopes at u_0 ± ε.
 
-    At a control that lies on a bound it is the multiplier of that bound. Elsewhere the slope at the solution is zero,
-    and that at a distance ε counts:
+    At a control that lies on a bound it is the multiplier of that bound. Elsewhere the slopes at a distance ε count:
 
-        |dJ/du_0[j]|_eff = ½ Σ_± |∂J/∂u_0[j] (u_0 ± ε)|  =  |Λ_jj ε_j| + O(ε²)
+        |dJ/du_0[j]|_eff = ½ Σ_± |∂J/∂u_0[j] (u_0 ± ε)|  =  ½ Σ_± |g_j ± Λ_jj ε_j| + O(ε²)
+
+    with g the slope at u_0 itself: zero but for the multipliers of active rows of stage 0, as those do not apply to a
+    control that is fixed.
 
     Args:
         problem: The problem.
@@ -154,7 +159,8 @@ def label(
         error: "defect": x_{k+1} = f(x_k, u_k) + e_{k+1}, the error propagates. "trajectory": the prediction of stage k
             alone is off by e_k.
 
-    Returns: the label, with a status; never raises for values.
+    Returns: the label, with a status.
+    Fails: `ValueError` for wrong input, as `solve`; a failed solve is a status, and its label NaN.
     References: Węgrzynowski et al., eqs. (4) to (6).
     """
     _check_options(problem, eps, method, perturb)
@@ -179,8 +185,10 @@ def regret_factor(
         error: See `label`.
 
     Returns: (nu, N, nx), in √cost per unit of the state.
-    Fails: as `error_sensitivity`.
+    Fails: `ValueError` for an unknown `error`; else as `error_sensitivity`.
     """
+    if error not in ("defect", "trajectory"):
+        raise ValueError(f"error must be 'defect' or 'trajectory', not {error!r}.")
     factor, status = _regret_factor(problem, theta, sol, error)
     refuse(status)
     return factor
@@ -232,7 +240,7 @@ def _action_sensitivity(
     steps = jnp.diag(eps) if perturb == "one_by_one" else eps[None]
     result = RESULTS.successful
     if method == "curvature":
-        slopes = jnp.abs(action_hessian(problem, lin, sol) @ steps.T).T
+        slopes = _slopes(problem, sol, lin, steps)
     else:
         u0s = sol.us[0] + jnp.stack([steps, -steps])
         resolve = lambda u0: action_gradient(problem, theta, x0, u0, sol=sol, solver=solver)
@@ -245,6 +253,23 @@ def _action_sensitivity(
     at_bound = lin.active.u_min[0] | lin.active.u_max[0]
     effective = jnp.where(at_bound & (sol.tau == 0), multiplier, slope)
     return jnp.where(lin.regular, effective, jnp.nan), result
+
+
+def _slopes(problem: Problem, sol: Solution, lin: Linearisation, steps: Array) -> Array:
+    """½ Σ_± |∂J/∂u_0| at u_0 ± each step, by the slope and the Hessian at u_0, without the hard rows of stage 0."""
+    G, mus = lin.jacobian.u[0], sol.mus
+    linear, quadratic = (term.path[0] for term in kkt.soft_terms(problem, mus))
+    soft = jnp.isfinite(linear)
+    kink = soft & lin.active.path[0] & (lin.compliance.path[0] == 0)  # held there: one slope on either side
+    slope = mus.u_min[0] - mus.u_max[0] - G.T @ jnp.where(kink | ~soft, mus.path[0], 0.0)
+    Lambda = action_hessian(problem, lin, sol)
+
+    def gradient(step):
+        ahead = G @ step
+        penalty = jnp.where(kink, linear, 0.0) + jnp.where(kink, quadratic, 0.0) * ahead
+        return slope + Lambda @ step + G.T @ jnp.where(ahead > 0, penalty, 0.0)
+
+    return jax.vmap(lambda step: 0.5 * (jnp.abs(gradient(step)) + jnp.abs(gradient(-step))))(steps)
 
 
 def _tail_costate(
@@ -303,5 +328,7 @@ def _check_options(problem: Problem, eps: Any, method: str, perturb: str) -> Non
         raise ValueError(f"method must be 'curvature' or 'resolve', not {method!r}.")
     if perturb not in ("one_by_one", "together"):
         raise ValueError(f"perturb must be 'one_by_one' or 'together', not {perturb!r}.")
+    if not isinstance(eps, Tracer) and not np.all(np.isfinite(np.asarray(eps))):
+        raise ValueError(f"eps must be finite, not {eps}.")
     if jnp.shape(eps) not in ((), (problem.nu,)):
         raise ValueError(f"eps must be a scalar or have shape ({problem.nu},), not {jnp.shape(eps)}.")

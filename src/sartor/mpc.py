@@ -54,7 +54,8 @@ class MPC(eqx.Module):
     """
 
     problem: Problem
-    """The problem, with the model as its dynamics."""
+    """The problem, with the model as its dynamics. Bounds of each stage, (N, nu), belong to the stages of the horizon:
+    they do not move with the loop."""
     theta: Theta
     """Parameters of the problem; differentiable."""
     solver: AbstractSolver = SQP()
@@ -66,7 +67,7 @@ class MPC(eqx.Module):
     reference that lies ahead (`window`). None: `theta` at all steps."""
 
     def init(self, x: Float[Array, " nx"]) -> Memory:
-        """Memory before control step 0, from a cold start at the measured state x. Never raises."""
+        """Memory before control step 0, from a cold start at the measured state x, which must be finite."""
         theta = self._theta(0)
         sol = solve(self.problem, theta, x, solver=self.first_solver, throw=False)
         start = _cold_start(self.problem, theta, x, sol)
@@ -76,13 +77,18 @@ class MPC(eqx.Module):
     def __call__(
         self, x: Float[Array, " nx"], k: Int[Array, ""] | int, memory: Memory
     ) -> tuple[Float[Array, " nu"], Memory, Info]:
-        """The control for state x at control step k, and what to remember for step k + 1. Never raises."""
+        """The control for state x at control step k, and what to remember for step k + 1.
+
+        A failed solve does not raise; a state that is not finite does, unless it is traced.
+        """
         theta = self._theta(k)
-        sol = solve(self.problem, theta, x, solver=self.solver, guess=memory.guess, throw=False)
-        us = jnp.where(sol.successful & _finite(sol), sol.us, memory.us)
         low, high = self.problem.bounds
+        # Bounds of each stage belong to the stage, not to the control that a shift has moved there.
+        guess = eqx.tree_at(lambda g: g.us, memory.guess, jnp.clip(memory.guess.us, low, high))
+        sol = solve(self.problem, theta, x, solver=self.solver, guess=guess, throw=False)
+        us = jnp.where(sol.successful & _finite(sol), sol.us, memory.us)
         u = jnp.clip(us[0], low[0], high[0])
-        cost = self.problem.stage_cost(x, u, 0, theta)
+        cost = self.problem.stage_cost(x, u, jnp.asarray(0), theta)
         info = Info(cost, sol.result, sol.stats.num_steps + memory.num_steps, sol.stats.kkt_norm)
         next_guess = shift(_choose(_finite(sol), sol, memory.guess))
         return (

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 Theta = PyTree[Any]
 
@@ -41,6 +41,10 @@ class Softening(eqx.Module):
                 )
             if _concrete(value) and (np.isnan(value).any() or (np.asarray(value) < 0).any()):
                 raise ValueError(f"Softening.{name} has entries that are negative or NaN: penalties are ≥ 0.")
+        if _concrete(self.linear) and _concrete(self.quadratic):
+            without = (np.asarray(self.linear) == 0) & (np.asarray(self.quadratic) == 0)
+            if without.any():
+                raise ValueError("Softening has rows with linear = quadratic = 0, without a penalty: drop those rows.")
 
 
 class Problem(eqx.Module):
@@ -110,6 +114,8 @@ class Problem(eqx.Module):
                 f" {self.u_min.shape} and {self.u_max.shape}."
                 " Use ±inf for a control without a bound."
             )
+        if not (self.softening is None or isinstance(self.softening, Softening)):
+            raise ValueError(f"softening must be a sartor.Softening or None, not {type(self.softening).__name__}.")
         check_bounds(self.u_min, self.u_max)
 
     @property
@@ -232,6 +238,17 @@ def check_bounds(u_min: Array, u_max: Array) -> None:
             f"u_min must be below u_max, but u_min[{where}] = {low[i]} and u_max[{where}] = {high[i]}."
             " To fix a control, put its value into theta and drop it from u."
         )
+
+
+def crossed(problem: Problem) -> Bool[Array, ""]:
+    """Whether some lower bound is not below its upper one: what `check_bounds` cannot see of traced bounds."""
+    return jnp.any(problem.u_min >= problem.u_max)
+
+
+def cast(problem: Problem, dtype: Any) -> Problem:
+    """The problem with its bounds in the precision of a solve."""
+    bounds = (problem.u_min.astype(dtype), problem.u_max.astype(dtype))
+    return eqx.tree_at(lambda p: (p.u_min, p.u_max), problem, bounds)
 
 
 def _concrete(value: Any) -> bool:

@@ -28,8 +28,8 @@ class Factors(NamedTuple):
     K: Float[Array, "N nu nx"]
     P: Float[Array, "N_plus_1 nx nx"]
     """Value function ½ xᵀP_k x + p_kᵀx."""
-    W: Float[Array, "N nu nu"]
-    """Λ⁻¹ = WᵀW, with Λ the Hessian of the cost-to-go in u_k. Applied as two factors it is as good as a backward
+    root: Float[Array, "N nu nu"]
+    """Λ⁻¹ = rootᵀ root, with Λ the Hessian of the cost-to-go in u_k. Applied as two factors it is as good as a backward
     solve where Λ is stiff in some directions, as at active rows; the product would not be."""
     regular: Bool[Array, ""]
     """Whether every Λ is positive definite, so that the solution is the unique strict minimiser."""
@@ -59,17 +59,17 @@ def factor(lq: LQ, parallel: bool = False) -> Factors:
     stages = (F, jnp.concatenate([upper, lower], axis=1))
     if parallel:
         P = _parallel_values(lq)
-        _, W, half, definite = jax.vmap(lambda P, stage: _eliminate_controls(P, stage, nu))(P[1:], stages)
+        _, root, half, definite = jax.vmap(lambda P, stage: _eliminate_controls(P, stage, nu))(P[1:], stages)
     else:
 
         def backward(P, stage):
-            P, W, half, definite = _eliminate_controls(P, stage, nu)
-            return P, (P, W, half, definite)
+            P, root, half, definite = _eliminate_controls(P, stage, nu)
+            return P, (P, root, half, definite)
 
-        _, (P, W, half, definite) = jax.lax.scan(backward, lq.Q[-1], stages, reverse=True)
+        _, (P, root, half, definite) = jax.lax.scan(backward, lq.Q[-1], stages, reverse=True)
         P = jnp.concatenate([P, lq.Q[-1:]])
-    K = -jnp.einsum("kvu,kvx->kux", W, half)
-    return Factors(lq.A + lq.B @ K, lq.B, K, P, W, jnp.all(definite) & jnp.all(jnp.isfinite(P)))
+    K = -jnp.einsum("kvu,kvx->kux", root, half)
+    return Factors(lq.A + lq.B @ K, lq.B, K, P, root, jnp.all(definite) & jnp.all(jnp.isfinite(P)))
 
 
 def backsolve(factors: Factors, q: Array, r: Array, c: Array, x0: Array, parallel: bool = False) -> Trajectory:
@@ -85,12 +85,12 @@ def backsolve(factors: Factors, q: Array, r: Array, c: Array, x0: Array, paralle
 
     Gradients: linear in q, r, c, x0; both modes.
     """
-    A_cl, B, K, P, W, _ = factors
+    A_cl, B, K, P, root, _ = factors
     Pc = jnp.einsum("kxy,ky->kx", P[1:], c)
     drive = q[:-1] + jnp.einsum("kux,ku->kx", K, r) + jnp.einsum("kyx,ky->kx", A_cl, Pc)
     p = _affine_scan(jnp.swapaxes(A_cl, 1, 2), drive, q[-1], reverse=True, parallel=parallel)
-    half = jnp.einsum("kvu,ku->kv", W, r + jnp.einsum("kxu,kx->ku", B, p[1:] + Pc))
-    kff = -jnp.einsum("kvu,kv->ku", W, half)
+    half = jnp.einsum("kvu,ku->kv", root, r + jnp.einsum("kxu,kx->ku", B, p[1:] + Pc))
+    kff = -jnp.einsum("kvu,kv->ku", root, half)
     xs = _affine_scan(A_cl, jnp.einsum("kxu,ku->kx", B, kff) + c, x0, reverse=False, parallel=parallel)
     us = jnp.einsum("kux,kx->ku", K, xs[:-1]) + kff
     return Trajectory(us, xs, jnp.einsum("kxy,ky->kx", P, xs) + p)
@@ -128,7 +128,8 @@ def lqr(lq: LQ, x0: Float[Array, " nx"], parallel: bool = False) -> Trajectory:
         us (N, nu), xs (N+1, nx) and costates lams (N+1, nx); all NaN where the minimiser is not unique and strict.
 
     Gradients: implicit, in every leaf of `lq` and in x0, from the factorisation of the forward pass; both modes.
-    Fails: never raises for values; NaN where some Λ of (D4) is not positive definite (`factor(lq).regular`).
+    Fails: never raises for values; NaN where some Λ of (D4) is not positive definite (`factor(lq).regular`), and with
+        `parallel` also where some R is singular.
     References: Amos et al., 2018, Module 1 (eqs. 6, 8, 9).
     """
     check_lq(lq, x0)
@@ -159,20 +160,23 @@ def check_lq(lq: LQ, x0: Array) -> None:
 
 
 def _eliminate_controls(P: Array, stage: tuple[Array, Array], nu: int) -> tuple[Array, Array, Array, Array]:
-    """One stage of (D4): P_k, W, W(S + BᵀPA), and whether Λ is positive definite. Controls come first in F = [B A]."""
+    """One stage of (D4): P_k, the root of Λ⁻¹, root (S + BᵀPA), and whether Λ is positive definite.
+
+    Controls come first: F = [B A].
+    """
     F, H = stage
     M = H + F.T @ (P @ F)
     Lambda = M[:nu, :nu]
-    W, pivots = eliminate(Lambda, jnp.eye(nu, dtype=M.dtype))
-    half = W @ M[:nu, nu:]
+    root, pivots = eliminate(Lambda, jnp.eye(nu, dtype=M.dtype))
+    half = root @ M[:nu, nu:]
     P = M[nu:, nu:] - half.T @ half
     # A pivot is what is left of a diagonal entry once the controls before it are chosen.
     floor = 8 * jnp.finfo(M.dtype).eps * jnp.abs(jnp.diagonal(Lambda))
-    return 0.5 * (P + P.T), W, half, jnp.all(pivots > floor)
+    return 0.5 * (P + P.T), root, half, jnp.all(pivots > floor)
 
 
 def eliminate(M: Array, rhs: Array) -> tuple[Array, Array]:
-    """W rhs, with M⁻¹ = WᵀW for a symmetric positive definite M, by Gaussian elimination; and the pivots.
+    """root · rhs, with M⁻¹ = rootᵀ root for a symmetric positive definite M, by Gaussian elimination; and the pivots.
 
     Written as a few whole-row operations for each row, since M is small (nu × nu): in a batch this is several times
     faster than one library call for each matrix.

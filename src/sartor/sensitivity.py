@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 
 from sartor import kkt
 from sartor.kkt import LQ, Jacobian, Point, Residual
-from sartor.problem import Problem, Theta
+from sartor.problem import Problem, Theta, cast
 from sartor.riccati import Factors, Trajectory, apply_kkt, factor, solve_kkt
 from sartor.solution import RESULTS, Rows, Solution, SolveError
 
@@ -53,6 +53,8 @@ class Linearisation(NamedTuple):
     factors: Factors
     stiffness: Rows
     """Weight 1/(W + small) with which the active rows enter the Riccati recursion; refinement removes the small."""
+    converged: Bool[Array, ""]
+    """Whether the KKT residual at the point is that of a solution."""
     regular: Bool[Array, ""]
     """Whether the derivative exists: converged, a strict minimiser, independent active rows, strict complementarity."""
 
@@ -69,7 +71,9 @@ def linearise(problem: Problem, theta: Theta, sol: Solution, curvature: Curvatur
 
     Fails: never raises; `regular` is False where no derivative exists or the solve had failed.
     """
-    sol = _sanitised(sol)
+    if curvature not in ("exact", "gauss_newton"):
+        raise ValueError(f"curvature must be 'exact' or 'gauss_newton', not {curvature!r}.")
+    sol, problem = sanitised(sol), cast(problem, sol.us.dtype)
     point = Point(sol.us, sol.xs, sol.lams, sol.mus, sol.slacks)
     expansion = kkt.expand(problem, theta, sol.xs[0], point, curvature == "exact")
     lq, jacobian = kkt.with_bending(expansion) if curvature == "exact" else expansion.lq, expansion.jacobian
@@ -84,9 +88,11 @@ def linearise(problem: Problem, theta: Theta, sol: Solution, curvature: Curvatur
         active, compliance, squares,
     )  # fmt: skip
     factors = factor(kkt.add_row_curvature(lq, jacobian, stiffness))
-    regular = factors.regular & strict & sol.successful & (sol.stats.kkt_norm <= 1e3 * small)
+    norm = kkt.kkt_norm(kkt.expanded_residual(problem, expansion, point, sol.tau))
+    converged = sol.successful & (norm <= 1e3 * small)
+    regular = factors.regular & strict & converged
     lin = Linearisation(
-        lq, jacobian, active, compliance, row_scale, given_scale, relaxation, factors, stiffness, regular
+        lq, jacobian, active, compliance, row_scale, given_scale, relaxation, factors, stiffness, converged, regular
     )
     return lin._replace(regular=regular & _independent_rows(lin))
 
@@ -104,7 +110,7 @@ def apply(lin: Linearisation, d: Direction) -> Direction:
 
 
 def solve_linearised(lin: Linearisation, rhs: Direction) -> Direction:
-    """Solve (D7) by the factorisation at hand, with two steps of iterative refinement.
+    """Solve (D7) by the factorisation at hand, with three steps of iterative refinement.
 
     Gradients: linear in `rhs` and, through `apply`, right in the matrix too.
     Fails: NaN where `lin.regular` is False and `rhs` is not zero. A zero right-hand side gives zero, so that a failed
@@ -192,7 +198,8 @@ def action_hessian(problem: Problem, lin: Linearisation, sol: Solution) -> Float
     """
     B, G = lin.lq.B[0], lin.jacobian.u[0]
     soft = jnp.isfinite(kkt.soft_terms(problem, sol.mus)[0].path[0])
-    D = jnp.where(soft, lin.stiffness.path[0], 0.0)
+    # A soft row that is held at its kink has a jump of the slope there, and no curvature.
+    D = jnp.where(soft & (lin.compliance.path[0] > 0), lin.stiffness.path[0], 0.0)
     return lin.lq.R[0] + B.T @ lin.factors.P[1] @ B + G.T @ (D[:, None] * G)
 
 
@@ -210,9 +217,10 @@ def refuse(status: RESULTS) -> None:
 
 
 def reason(sol: Solution, lin: Linearisation) -> RESULTS:
-    """The status of a derivative: that of the solve, or `singular`."""
-    singular = RESULTS.where(lin.regular, RESULTS.successful, RESULTS.singular)
-    return RESULTS.where(sol.successful, singular, sol.result)
+    """The status of a derivative: that of the solve, `not_converged` where that stopped early, or `singular`."""
+    status = RESULTS.where(lin.regular, RESULTS.successful, RESULTS.singular)
+    status = RESULTS.where(lin.converged, status, RESULTS.not_converged)
+    return RESULTS.where(sol.successful, status, sol.result)
 
 
 @eqx.filter_jit
@@ -266,7 +274,7 @@ def _refined_solve(lin: Linearisation, b: Direction) -> Direction:
         rest = jax.tree.map(jnp.subtract, b, apply(lin, d))
         return jax.tree.map(jnp.add, d, _approximate_inverse(lin, rest)), None
 
-    return jax.lax.scan(refine, jax.tree.map(jnp.zeros_like, b), length=3)[0]
+    return jax.lax.scan(refine, jax.tree.map(jnp.zeros_like, b), length=4)[0]
 
 
 def _approximate_inverse(lin: Linearisation, b: Direction) -> Direction:
@@ -288,10 +296,10 @@ def _independent_rows(lin: Linearisation) -> Bool[Array, ""]:
     b = Direction(jnp.zeros_like(lin.lq.r), nothing, nothing, jax.tree.map(generic, lin.active))
     rest = jax.tree.map(jnp.subtract, b, apply(lin, _refined_solve(lin, b)))
     worst = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf), initial=0.0) for leaf in jax.tree.leaves(rest)]))
-    return worst < 1e-3
+    return worst < 100 * float(jnp.finfo(worst.dtype).eps) ** 0.5
 
 
-def _sanitised(sol: Solution) -> Solution:
+def sanitised(sol: Solution) -> Solution:
     """Zeros for what is not finite in a failed solution: NaN times a zero cotangent would still be NaN."""
     clean = lambda leaf: jnp.where(jnp.isfinite(leaf), leaf, 0.0) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf
     return jax.tree.map(clean, sol)

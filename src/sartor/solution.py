@@ -91,7 +91,8 @@ def guess(xs: Any, us: Any) -> Solution:
 
     The states need not follow the dynamics (the solvers start infeasible), but have to be finite.
     """
-    us = jnp.asarray(us, jnp.result_type(us, float))
+    us = jnp.asarray(us)
+    us = us.astype(jnp.result_type(us, float))
     xs = jnp.asarray(xs, us.dtype)
     if us.ndim != 2 or xs.ndim != 2 or xs.shape[0] != us.shape[0] + 1:
         raise ValueError(f"guess needs us of shape (N, nu) and xs of shape (N+1, nx), not {us.shape} and {xs.shape}.")
@@ -105,8 +106,15 @@ def guess(xs: Any, us: Any) -> Solution:
 def shift(sol: Solution) -> Solution:
     """The guess for the next control step: everything one stage earlier, the last stage repeated.
 
+    Batches: `jax.vmap(shift)(sol)`.
+
     x0 of the next solve replaces xs[0]; multipliers move along, so the next solve starts warm in primal and dual.
     """
+
+    if sol.us.ndim != 2:
+        raise ValueError(
+            f"shift takes one solution, with us of shape (N, nu), not {sol.us.shape}: use jax.vmap(shift)."
+        )
 
     def advance(leaf):
         return jnp.concatenate([leaf[1:], leaf[-1:]])

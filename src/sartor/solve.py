@@ -1,4 +1,4 @@
-"""`solve`: checks its input, runs a solver, attaches the derivative rule. The only loop over steps, the only raise."""
+"""`solve`: checks its input, runs a solver, attaches the derivative rule."""
 
 import functools as ft
 from typing import Any, Literal
@@ -12,8 +12,8 @@ from jaxtyping import Array, Float
 
 from sartor import kkt, solution
 from sartor.kkt import Point
-from sartor.problem import Problem, Theta, check_bounds, penalties, rollout, total_cost
-from sartor.sensitivity import Curvature, linearise, solution_tangent
+from sartor.problem import Problem, Theta, cast, check_bounds, penalties, rollout, total_cost
+from sartor.sensitivity import Curvature, linearise, reason, sanitised, solution_tangent
 from sartor.solution import RESULTS, Rows, Solution, SolveError
 from sartor.solvers.base import AbstractSolver, loop, queue
 from sartor.solvers.sqp import SQP
@@ -60,8 +60,12 @@ def solve(
     References: Amos et al., Differentiable MPC for End-to-end Planning and Control, 2018, section 4.
     """
     solver = SQP() if solver is None else solver
+    if not isinstance(problem, Problem):
+        raise ValueError(f"problem must be a sartor.Problem, not {type(problem).__name__}.")
     x0 = _checked_state(x0)
     _check_theta(theta)
+    # A Python float would be a constant of the compiled code, which every new value compiles anew.
+    theta = jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, float) else leaf, theta)
     check_bounds(problem.u_min, problem.u_max)
     _check_options(problem, solver, derivative, curvature)
     _check_functions(problem, theta, x0)
@@ -88,11 +92,7 @@ def violations(problem: Problem, theta: Theta, sol: Solution) -> Rows:
 
 @eqx.filter_jit
 def _solve(problem, theta, x0, guess, solver, derivative, curvature) -> Solution:
-    problem = eqx.tree_at(
-        lambda p: (p.u_min, p.u_max),
-        problem,
-        (problem.u_min.astype(x0.dtype), problem.u_max.astype(x0.dtype)),
-    )
+    problem = cast(problem, x0.dtype)
     start = _start(problem, theta, x0, guess)
     if derivative == "unroll":
         return _iterate(problem, theta, x0, start, solver, unroll=True)
@@ -142,7 +142,9 @@ def _implicit(problem, theta, x0, start, *, solver, curvature) -> Solution:
 @_implicit.def_jvp
 def _implicit_jvp(primals, tangents, *, solver, curvature):
     problem, theta, x0, start = primals
-    sol = _implicit(problem, theta, x0, start, solver=solver, curvature=curvature)
+    # A failed sample is differentiated at finite values: NaN times a zero cotangent would still be NaN.
+    whole = _implicit(problem, theta, x0, start, solver=solver, curvature=curvature)
+    sol, x0 = sanitised(whole), jnp.where(jnp.isfinite(x0), x0, 0.0)
     lin = linearise(problem, theta, sol, curvature)
     point = Point(sol.us, sol.xs, sol.lams, sol.mus, sol.slacks)
     inputs, tangents = (problem, theta, x0), tangents[:3]
@@ -153,8 +155,7 @@ def _implicit_jvp(primals, tangents, *, solver, curvature):
         (problem, theta, sol.xs, sol.us),
         (*tangents[:2], z.xs, z.us),
     )
-    singular = RESULTS.where(lin.regular, RESULTS.successful, RESULTS.singular)
-    out = eqx.tree_at(lambda s: s.result, sol, RESULTS.where(sol.successful, singular, sol.result))
+    out = eqx.tree_at(lambda s: s.result, whole, reason(sol, lin))
     nothing = jax.tree.map(lambda _: None, out)
     fields = lambda s: (s.us, s.xs, s.lams, s.mus, s.slacks, s.cost)
     return out, eqx.tree_at(fields, nothing, (*z, cost), is_leaf=lambda leaf: leaf is None)
@@ -190,6 +191,8 @@ def _start(problem: Problem, theta: Theta, x0: Array, guess: Solution | None) ->
 
 def _checked_state(x0: Any) -> Array:
     x0 = jnp.asarray(x0)
+    if jnp.issubdtype(x0.dtype, jnp.complexfloating):
+        raise ValueError("x0 must be real.")
     if not jnp.issubdtype(x0.dtype, jnp.inexact):
         x0 = x0.astype(jnp.result_type(float))
     if x0.ndim != 1 or x0.shape[0] == 0:
@@ -267,12 +270,15 @@ def _describe(value: Any) -> str:
 
 
 def _check_guess(problem: Problem, theta: Theta, x0: Array, guess: Solution) -> None:
-    for name, expected in (("us", (problem.horizon, problem.nu)), ("xs", (problem.horizon + 1, x0.shape[0]))):
+    if not isinstance(guess, Solution):
+        raise ValueError(f"guess must be a solution or sartor.guess(xs, us), not {type(guess).__name__}.")
+    states = (problem.horizon + 1, x0.shape[0])
+    for name, expected in (("us", (problem.horizon, problem.nu)), ("xs", states), ("lams", states)):
         value = getattr(guess, name)
         if value.shape != expected or value.dtype != x0.dtype:
             raise ValueError(
                 f"guess.{name} must have shape {expected} and dtype {x0.dtype}, not {_describe(value)}: "
-                "us is (N, nu), xs is (N+1, nx), with N the horizon."
+                "us is (N, nu), xs and lams are (N+1, nx), with N the horizon."
             )
         _check_finite(f"guess.{name}", value)
     if any(isinstance(v, Tracer) for v in (guess.us, problem.u_min, problem.u_max)):
@@ -295,7 +301,8 @@ def _explain(problem: Problem, theta: Theta, sol: Solution) -> str:
     message += RESULTS[sol.result]
     if bool(sol.result == RESULTS.infeasible):
         rows = violations(problem, theta, sol)
-        worst = {name: np.argwhere(np.asarray(getattr(rows, name)) > 1e-6) for name in ("path", "terminal")}
+        names = ("u_min", "u_max", "path", "terminal")
+        worst = {name: np.argwhere(np.asarray(getattr(rows, name)) > 1e-6) for name in names}
         found = [f"{name}[{', '.join(map(str, index))}]" for name, many in worst.items() for index in many[:5]]
         message += " Violated rows: " + ", ".join(found) + "."
     return message

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sartor import kkt
 from sartor.kkt import Expansion, Point
-from sartor.problem import Problem, Theta, rollout, total_cost
+from sartor.problem import Problem, Theta, crossed, rollout, total_cost
 from sartor.riccati import eliminate
 from sartor.solution import RESULTS, Rows, Solution, Stats
 from sartor.solvers.base import AbstractSolver, kkt_tolerance, least_delta, next_delta
@@ -73,7 +73,7 @@ class BoxDDP(AbstractSolver):
     """Largest entry of the KKT residual at which a solve counts as successful, or what rounding allows if that is
     more: 200·eps·(10 + max|λ|), at most 100·√eps; eps = 2e-16 in float64 and 1e-7 in float32."""
     max_steps: int = 200
-    """Largest number of backward passes."""
+    """Largest number of steps: backward passes, each with as many trials of its regularisation as it needs."""
 
     def __check_init__(self):
         if self.curvature not in ("exact", "gauss_newton"):
@@ -120,6 +120,7 @@ class BoxDDP(AbstractSolver):
     def finish(self, problem: Problem, theta: Theta, x0: Array, state: BoxDDPState) -> Solution:
         converged = state.kkt_norm <= kkt_tolerance(self.tol, state.duals.lams)
         result = RESULTS.where(converged, RESULTS.successful, RESULTS.not_converged)
+        result = RESULTS.where(crossed(problem), RESULTS.infeasible, result)
         result = RESULTS.where(state.finite, result, RESULTS.non_finite)
         stats = Stats(state.num_steps, jnp.asarray(0), state.kkt_norm)
         duals = state.duals._replace(us=state.us, xs=state.xs)
@@ -228,9 +229,9 @@ def _free_solve(H: Array, rhs: Array, clamped: Array) -> tuple[Array, Array]:
     eye = jnp.eye(H.shape[0], dtype=H.dtype)
     masked = jnp.where(free[:, None] & free[None, :], H, eye)
     halved, pivots = eliminate(masked, jnp.concatenate([jnp.where(free[:, None], rhs, 0.0), eye], axis=1))
-    half, W = halved[:, : rhs.shape[1]], halved[:, rhs.shape[1] :]
+    half, root = halved[:, : rhs.shape[1]], halved[:, rhs.shape[1] :]
     floor = 8 * jnp.finfo(H.dtype).eps * jnp.abs(jnp.diagonal(masked))
-    return jnp.where(free[:, None], W.T @ half, 0.0), jnp.all(pivots > floor)
+    return jnp.where(free[:, None], root.T @ half, 0.0), jnp.all(pivots > floor)
 
 
 def _with_multipliers(problem: Problem, state: BoxDDPState, backward: Backward, expansion: Expansion) -> Point:

@@ -114,7 +114,7 @@ def solve_qp(
             still, ahead = jax.lax.stop_gradient((point, change))
             alpha = jnp.minimum(1.0, _TO_BOUNDARY * _longest_step(rules, still, ahead))
             gap, ahead = complementarity(rules, still), complementarity(rules, _move(still, ahead, alpha))
-            target = jnp.maximum(gap * (ahead / jnp.maximum(gap, 1e-300)) ** 3, tau)
+            target = jnp.maximum(gap * (ahead / jnp.maximum(gap, jnp.finfo(gap.dtype).tiny)) ** 3, tau)
             # At the end of the path the predictor's aim, τ = 0, is not where to go: a plain Newton step is.
             ahead_of_end = jnp.where(target > tau, 1.0, 0.0)
             correction_t = ahead_of_end * change.mus * change.slacks

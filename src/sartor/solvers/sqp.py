@@ -21,12 +21,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sartor import kkt
 from sartor.kkt import Expansion, Point
-from sartor.problem import Problem, Theta, penalty, total_cost
+from sartor.problem import Problem, Theta, crossed, penalty, total_cost
 from sartor.solution import RESULTS, Rows, Solution, Stats
 from sartor.solvers.base import AbstractSolver, kkt_tolerance, least_delta, next_delta
 from sartor.solvers.qp import Interior, QPState, Rules, center, pack, solve_qp, unpack
 
 _RHO_START, _RHO_END = 1e3, 1e9
+_PATIENCE = 20  # steps without progress
 
 
 class SQPState(NamedTuple):
@@ -41,6 +42,7 @@ class SQPState(NamedTuple):
     rho: Float[Array, ""]  # penalty of hard path rows
     omega: Float[Array, "N_plus_1 nx"]  # penalties of the defects
     stalled: Int[Array, ""]  # steps in a row without progress
+    left: Float[Array, ""]  # largest violation of a hard path row in the last QP
     # bookkeeping
     finite: Bool[Array, ""]
     solved: Bool[Array, ""]  # whether the last QP was solved
@@ -67,8 +69,9 @@ class SQP(AbstractSolver):
     max_inner_steps: int = 40
     """Largest number of interior-point steps in one QP."""
     real_time: bool = False
-    """One full step from the (shifted) guess: the real-time iteration. Not a solution; `stats.kkt_norm` says how far
-    from one. The status is `successful` if the QP was solved."""
+    """One full step from the (shifted) guess: the real-time iteration. Not a solution; `stats.kkt_norm`, the residual
+    of the guess, says how far from one the step began. `successful` says that the QP was solved, and its hard rows
+    hold."""
 
     def __check_init__(self):
         if self.curvature not in ("exact", "gauss_newton"):
@@ -82,9 +85,12 @@ class SQP(AbstractSolver):
     def init(self, problem: Problem, theta: Theta, x0: Array, guess: Solution, unroll: bool) -> SQPState:
         point = Point(guess.us, guess.xs, guess.lams, guess.mus, guess.slacks)
         zero, yes = jnp.zeros((), x0.dtype), jnp.asarray(True)
+        largest = jnp.max(jnp.concatenate([point.mus.path.ravel(), point.mus.terminal]), initial=0.0)
+        rho = jax.lax.stop_gradient(jnp.clip(10.0 * largest, _RHO_START, _RHO_END))
         return SQPState(
-            point, zero + jnp.inf, delta=zero, alpha=zero + 1.0, rho=zero + _RHO_START, omega=jnp.zeros_like(point.xs),
-            stalled=jnp.asarray(0), finite=yes, solved=yes, num_steps=jnp.asarray(0), num_inner_steps=jnp.asarray(0),
+            point, zero + jnp.inf, delta=zero, alpha=zero + 1.0, rho=rho, omega=jnp.zeros_like(point.xs),
+            stalled=jnp.asarray(0), left=zero, finite=yes, solved=yes,
+            num_steps=jnp.asarray(0), num_inner_steps=jnp.asarray(0),
         )  # fmt: skip
 
     def step(self, problem: Problem, theta: Theta, x0: Array, state: SQPState, unroll: bool) -> SQPState:
@@ -105,8 +111,9 @@ class SQP(AbstractSolver):
         alpha, us, xs = self._line_search(merit, expansion, state.point, qp, tau, unroll)
         alpha = jnp.where(qp.regular & ~settled, alpha, 0.0)
         moving = jnp.max(jnp.abs(us - state.point.us)) > 1e-6 * (1.0 + jnp.max(jnp.abs(us)))
-        left = jnp.max(qp.point.violations, initial=0.0)
-        violated = (left > 1e-9) & (left > 0.1 * jnp.max(pack(expansion.rows)))
+        hard = ~jnp.isfinite(pack(kkt.soft_terms(problem, expansion.rows)[0])) & ~rules.hard
+        left = jnp.max(jnp.where(hard, qp.point.violations, 0.0))
+        violated = (left > 1e-9) & (left > 0.1 * jnp.max(jnp.where(hard, pack(expansion.rows), 0.0)))
         return SQPState(
             _move(problem, state.point, qp.point, us, xs, alpha),
             norm,
@@ -115,6 +122,7 @@ class SQP(AbstractSolver):
             rho=jnp.where(violated & (alpha > 0), jnp.minimum(10.0 * state.rho, _RHO_END), state.rho),
             omega=omega,
             stalled=jnp.where((norm < 0.99 * state.kkt_norm) | moving, 0, state.stalled + 1),
+            left=left,
             finite=finite,
             solved=qp.done,
             num_steps=state.num_steps + jnp.where(settled, 0, 1),
@@ -123,17 +131,19 @@ class SQP(AbstractSolver):
 
     def running(self, state: SQPState) -> Array:
         if self.real_time:
-            return state.num_steps == 0
-        return state.finite & (state.kkt_norm > kkt_tolerance(self.tol, state.point.lams)) & (state.stalled < 20)
+            return state.finite & (state.num_steps == 0)
+        return state.finite & (state.kkt_norm > kkt_tolerance(self.tol, state.point.lams)) & (state.stalled < _PATIENCE)
 
     def finish(self, problem: Problem, theta: Theta, x0: Array, state: SQPState) -> Solution:
         point = state.point
         converged = state.kkt_norm <= kkt_tolerance(self.tol, state.point.lams)
         hard = ~jnp.isfinite(pack(kkt.soft_terms(problem, point.mus)[0]))
         violated = jnp.max(jnp.where(hard, pack(kkt.rows(problem, theta, point.xs, point.us)), 0.0)) > 1e-6
+        given_up = (state.rho >= _RHO_END) | (state.stalled >= _PATIENCE)
+        if self.real_time:
+            converged, violated, given_up = state.solved & (state.left <= 1e-6), state.left > 1e-6, state.solved
         result = RESULTS.where(converged, RESULTS.successful, RESULTS.not_converged)
-        result = RESULTS.where(~converged & violated, RESULTS.infeasible, result)
-        result = RESULTS.where(state.solved, RESULTS.successful, result) if self.real_time else result
+        result = RESULTS.where(~converged & violated & given_up | crossed(problem), RESULTS.infeasible, result)
         result = RESULTS.where(state.finite, result, RESULTS.non_finite)
         stats = Stats(state.num_steps, state.num_inner_steps, state.kkt_norm)
         cost = total_cost(problem, theta, point.xs, point.us)
