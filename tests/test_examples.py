@@ -1,16 +1,27 @@
+import re
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
-def test_there_are_examples():
-    assert EXAMPLES
+def test_readme_shows_the_twenty_lines():
+    assert (ROOT / "examples" / "twenty_lines.py").read_text() in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_example_runs(path, capsys):
+def test_example_prints_numbers_that_are_finite(path, capsys):
     runpy.run_path(str(path), run_name="__main__")
-    assert "nan" not in capsys.readouterr().out
+    numbers = [float(text) for text in re.findall(r"-?\d+\.\d*(?:e[+-]?\d+)?", capsys.readouterr().out)]
+    assert len(numbers) >= 9 and np.all(np.isfinite(numbers)) and np.ptp(numbers) > 0.1
+
+
+def test_twenty_lines_give_first_controls_within_their_bounds(capsys):
+    """The three carts are pushed back as hard as the bounds allow, or nearly."""
+    runpy.run_path(str(ROOT / "examples" / "twenty_lines.py"), run_name="__main__")
+    first = [float(text) for text in re.findall(r"-?\d+\.\d*", capsys.readouterr().out)][:3]
+    assert all(-1.0 - 1e-6 <= u < 0.0 for u in first) and first[1] < -0.99

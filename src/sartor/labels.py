@@ -1,6 +1,6 @@
 """Labels: how much an error of the predicted state matters to the task, from the sensitivities of the MPC.
 
-    S_{k,i} = Σ_j |dJ/du_0[j]|_eff · du_0[j]/de_k[i]                                                          (D9)
+    S_{k,i} = |Σ_j |dJ/du_0[j]|_eff · du_0[j]/de_k[i]|                                                        (D9)
 
 and, to second order and without a free parameter, the regret of an error e, with Λ = d²J/du_0²:
 
