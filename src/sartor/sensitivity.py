@@ -186,6 +186,9 @@ def trajectory_error(A: Float[Array, "N nx nx"], defect: Float[Array, "... N nx"
     Args:
         A: State Jacobians of the dynamics at the solution.
         defect: Sensitivity to the defects e_1 to e_N, from `error_sensitivity`.
+
+    Returns: the same shape and units, for ê_1 to ê_N.
+    References: Węgrzynowski et al., Learning What Matters, eq. (4), with e read as x̂ - x; (D9).
     """
     ahead = jnp.einsum("kyx,...ky->...kx", A[1:], defect[..., 1:, :])
     return defect.at[..., :-1, :].add(-ahead)

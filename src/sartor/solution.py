@@ -87,9 +87,13 @@ class SolveError(RuntimeError):
 
 
 def guess(xs: Any, us: Any) -> Solution:
-    """A starting point from a trajectory: states `xs` (N+1, nx) and controls `us` (N, nu), multipliers unknown.
+    """A starting point from a trajectory, multipliers unknown.
 
-    The states need not follow the dynamics (the solvers start infeasible), but have to be finite.
+    Args:
+        xs: States (N+1, nx). They need not follow the dynamics (the solvers start infeasible), but have to be finite.
+        us: Controls (N, nu).
+
+    Fails: `ValueError` for shapes that do not belong together.
     """
     us = jnp.asarray(us)
     us = us.astype(jnp.result_type(us, float))
@@ -106,11 +110,13 @@ def guess(xs: Any, us: Any) -> Solution:
 def shift(sol: Solution) -> Solution:
     """The guess for the next control step: everything one stage earlier, the last stage repeated.
 
-    Batches: `jax.vmap(shift)(sol)`.
-
     x0 of the next solve replaces xs[0]; multipliers move along, so the next solve starts warm in primal and dual.
-    """
 
+    Args:
+        sol: One solution; for a batch `jax.vmap(shift)(sol)`.
+
+    Fails: `ValueError` for a batch.
+    """
     if sol.us.ndim != 2:
         raise ValueError(
             f"shift takes one solution, with us of shape (N, nu), not {sol.us.shape}: use jax.vmap(shift)."
