@@ -119,7 +119,7 @@ def _run_with_progress(config: closed_loop.Config, out: Path, console: Console) 
 
 
 def _stored(folder: Path) -> closed_loop.Config:
-    from sartor.experiments.run_folder import read_json
+    from sartor.files import read_json
 
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds no run: there is no config.json.")

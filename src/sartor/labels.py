@@ -45,8 +45,12 @@ class Label(eqx.Module):
     """Weight of an error of state i at stage k + 1, in cost units per unit of the state; NaN if refused."""
     du0_de: Float[Array, "nu N nx"]
     """Sensitivity of the first control to the errors."""
+    du0_dx0: Float[Array, "nu nx"]
+    """Sensitivity of the first control to the measured state."""
     dJ_du0: Float[Array, " nu"]
     """Effective sensitivity of the cost to the first control."""
+    Lambda: Float[Array, "nu nu"]
+    """Hessian of the cost in the first control, the others optimised; its bounds do not count."""
     result: RESULTS
     """`successful`, or why there is no label."""
 
@@ -197,20 +201,22 @@ def regret_factor(
 @eqx.filter_jit
 def _label(problem, theta, sol, eps, method, perturb, combine, error, solver) -> Label:
     lin = linearise(problem, theta, sol)
-    du0_de = -first_control_adjoint(lin).lams[:, 1:]
+    adjoint = -first_control_adjoint(lin).lams
+    du0_dx0, du0_de = adjoint[:, 0], adjoint[:, 1:]
     if error == "trajectory":
         du0_de = trajectory_error(lin.lq.A, du0_de)
+    Lambda = action_hessian(problem, lin, sol)
     dJ_du0, resolved = _action_sensitivity(problem, theta, sol.xs[0], sol, lin, eps, method, perturb, solver)
     if combine == "signed":
         S = jnp.abs(jnp.einsum("j,jkx->kx", dJ_du0, du0_de))
     elif combine == "absolute":
         S = jnp.einsum("j,jkx->kx", dJ_du0, jnp.abs(du0_de))
     else:
-        Lambda = action_hessian(problem, lin, sol)
         S = jnp.sqrt(jnp.maximum(jnp.einsum("ikx,ij,jkx->kx", du0_de, Lambda, du0_de), 0.0))
     status = reason(sol, lin)
     result = RESULTS.where(status == RESULTS.successful, resolved, status)
-    return Label(jnp.where(result == RESULTS.successful, S, jnp.nan), du0_de, dJ_du0, result)
+    S = jnp.where(result == RESULTS.successful, S, jnp.nan)
+    return Label(S, du0_de, du0_dx0, dJ_du0, Lambda, result)
 
 
 @eqx.filter_jit

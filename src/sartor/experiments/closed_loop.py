@@ -13,7 +13,8 @@ import numpy as np
 import tyro
 from jaxtyping import Array
 
-from sartor.experiments import run_folder
+from sartor import files
+from sartor.experiments.run_folder import environment
 from sartor.mpc import MPC, Episode, LoopState, Step, advance, begin, episode
 from sartor.problem import Softening
 from sartor.solution import RESULTS
@@ -124,9 +125,9 @@ def run(config: Config, out: Path, monitor: Monitor = lambda phase, done, total:
     progress = _simulate(progress, compiled, config, out, monitor)
     ep = episode(loop.x0, jax.tree.map(jnp.asarray, _join(progress.steps)), loop.system.DT)
     times = _join(progress.times)
-    metrics = summary(loop, ep, times) | {"compile_time": compile_time, **run_folder.environment()}
-    run_folder.save_arrays(out / "episode.npz", **_arrays(ep), times=times)
-    run_folder.write_json(out / "metrics.json", metrics)
+    metrics = summary(loop, ep, times) | {"compile_time": compile_time, **environment()}
+    files.save_arrays(out / "episode.npz", **_arrays(ep), times=times)
+    files.write_json(out / "metrics.json", metrics)
     (out / "checkpoint.npz").unlink(missing_ok=True)
     return metrics
 
@@ -157,9 +158,9 @@ def _claim(config: Config, out: Path) -> None:
     """Make the folder that of this config."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "config.json"
-    if path.exists() and run_folder.read_json(path) != asdict(config):
+    if path.exists() and files.read_json(path) != asdict(config):
         raise ValueError(f"{out} holds a run of another config: choose another folder.")
-    run_folder.write_json(path, asdict(config))
+    files.write_json(path, asdict(config))
 
 
 def _restore(loop: Loop, path: Path) -> Progress:
@@ -168,13 +169,13 @@ def _restore(loop: Loop, path: Path) -> Progress:
         return Progress(loop.begin(), [], [])
     state = eqx.filter_eval_shape(loop.begin)
     _, steps = eqx.filter_eval_shape(loop.advance, state, 1)
-    state, steps, times = run_folder.load_tree(path, (state, steps, 0))
+    state, steps, times = files.load_tree(path, (state, steps, 0))
     return Progress(state, [steps], [np.asarray(times)])
 
 
 def _save(progress: Progress, path: Path) -> None:
     if progress.steps:
-        run_folder.save_tree(path, (progress.state, _join(progress.steps), _join(progress.times)))
+        files.save_tree(path, (progress.state, _join(progress.steps), _join(progress.times)))
 
 
 def _join(chunks: list) -> Any:

@@ -83,7 +83,8 @@ def queue(
     A plain `vmap` of a loop lets every sample of the batch step as often as the slowest one. Here a step costs as much
     as its group, so that the work is the sum of the steps that samples need. Every sample gets what it gets alone.
     """
-    group = min(num_samples, _group_size())
+    num_groups = -(-num_samples // _group_size())
+    group = -(-num_samples // num_groups)  # equal groups: a half-empty one would cost as much as a full one
 
     def body(carry):
         state, active, count = carry

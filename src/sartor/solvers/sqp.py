@@ -23,6 +23,7 @@ from sartor import kkt
 from sartor.kkt import Expansion, Point
 from sartor.problem import Problem, Theta, crossed, penalty, total_cost
 from sartor.solution import RESULTS, Rows, Solution, Stats
+from sartor.solvers.active_set import ActiveSet, solve_bounded
 from sartor.solvers.base import AbstractSolver, kkt_tolerance, least_delta, next_delta
 from sartor.solvers.qp import Interior, QPState, Rules, center, pack, solve_qp, unpack
 
@@ -105,7 +106,14 @@ class SQP(AbstractSolver):
         tau = jnp.maximum(jnp.minimum(1e-2 * jnp.minimum(norm, norm**2), 1e-4), self._tau_end(x0))
         tau = jnp.full_like(tau, self._tau_end(x0)) if self.real_time else tau  # there is no later QP to make up for it
         deltas = _deltas(expansion, state)
-        qp = solve_qp(expansion, rules, start, tau, deltas, self.max_inner_steps, unroll, settled)
+        if unroll or self.tau > 0 or expansion.rows.path.size + expansion.rows.terminal.size:
+            qp = solve_qp(expansion, rules, start, tau, deltas, self.max_inner_steps, unroll, settled)
+        else:
+            low, high = (getattr(state.point.mus, b) > getattr(state.point.slacks, b) for b in ("u_min", "u_max"))
+            quick = solve_bounded(expansion, deltas[0], low, high, settled)
+            found = quick.settled & quick.regular
+            qp = solve_qp(expansion, rules, start, tau, deltas, self.max_inner_steps, unroll, settled | found)
+            qp = jax.tree.map(lambda a, b: jnp.where(found, a, b), _as_interior(expansion, rules, quick, qp), qp)
         omega = jnp.maximum(jnp.abs(qp.point.lams), 0.5 * (state.omega + jnp.abs(qp.point.lams)))
         merit = Merit(problem, theta, x0, rules, omega)
         alpha, us, xs = self._line_search(merit, expansion, state.point, qp, tau, unroll)
@@ -253,6 +261,19 @@ def _move(problem: Problem, point: Point, solved: Interior, us: Array, xs: Array
         jax.tree.map(blend, point.mus, unpack(solved.mus, point.mus)),
         jax.tree.map(blend, point.slacks, unpack(solved.slacks, point.slacks)),
     )
+
+
+def _as_interior(expansion: Expansion, rules: Rules, quick: ActiveSet, like: QPState) -> QPState:
+    """The solution of the active-set method in the form of the interior-point method's."""
+    us, xs, lams = quick.z
+    ahead = pack(expansion.rows) + pack(kkt.rows_tangent(expansion.jacobian, us, xs))
+    slacks = jnp.where(rules.exist, jnp.maximum(-ahead, 0.0), 1.0)
+    rows = expansion.rows
+    held = pack(Rows(quick.low, quick.high, rows.path, rows.terminal))
+    mus = pack(Rows(quick.mu_low, quick.mu_high, rows.path, rows.terminal))
+    nothing = jnp.zeros_like(mus)
+    point = Interior(us, xs, lams, mus, jnp.where(held, 0.0, slacks), nothing, nothing)
+    return like._replace(point=point, K=quick.K, regular=quick.regular, done=quick.settled, num_steps=quick.num_steps)
 
 
 def _deltas(expansion: Expansion, state: SQPState) -> tuple[Array, Array]:

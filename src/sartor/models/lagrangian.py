@@ -1,0 +1,281 @@
+"""CaDeLaC: a Lagrangian residual on a nominal robot that knows its payload from the past.
+
+    L_res = ½ q̇ᵀ H(q, z) q̇ - P(q, z),   H = L Lᵀ,   diag L > 0.1,   z = LSTM(history)
+    residual = H q̈ + Ḣ q̇ - ∂/∂q (½ q̇ᵀ H q̇) + ∂P/∂q                                                        (D14)
+
+so whatever the networks say, the residual is that of a mechanical system: inertia positive definite, energy conserved.
+
+References: Schulze, Peters and Arenz, Context-Aware Deep Lagrangian Networks for Model Predictive Control, 2025 (the
+sizes and initial values are those of its authors' code); Lutter, Ritter and Peters, Deep Lagrangian Networks, 2019.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from sartor.models.base import AbstractModel
+from sartor.models.rigid_body import RigidBody
+
+_DIAGONAL_SHIFT = 0.1
+
+
+class Encoder(eqx.Module):
+    """z = W h + b with h the last output of a stack of LSTMs over the history."""
+
+    cells: tuple[eqx.nn.LSTMCell, ...]
+    """From the first layer, which sees the history, to the last."""
+    readout: eqx.nn.Linear
+    """From the last output to z."""
+
+    def __init__(self, num_inputs: int, hidden: int, num_layers: int, num_contexts: int, key: Array):
+        keys = jax.random.split(key, num_layers + 1)
+        sizes = [num_inputs] + [hidden] * (num_layers - 1)
+        self.cells = tuple(eqx.nn.LSTMCell(size, hidden, key=k) for size, k in zip(sizes, keys[1:], strict=True))
+        self.readout = eqx.nn.Linear(hidden, num_contexts, key=keys[0])
+
+    def __call__(self, history: Float[Array, "H 3*n"]) -> Float[Array, " nz"]:
+        """z of a history."""
+        zero = jnp.zeros(self.cells[0].hidden_size, history.dtype)
+
+        def advance(states, row):
+            new = []
+            for cell, state in zip(self.cells, states, strict=True):
+                new.append(cell(row, state))
+                row = new[-1][0]
+            return tuple(new), None
+
+        states, _ = jax.lax.scan(advance, tuple((zero, zero) for _ in self.cells), history)
+        return self.readout(states[-1][0])
+
+
+class Network(eqx.Module):
+    """A perceptron with tanh layers and a linear last one."""
+
+    layers: tuple[eqx.nn.Linear, ...]
+    """First to last."""
+
+    def __init__(self, sizes: tuple[int, ...], key: Array):
+        keys = jax.random.split(key, len(sizes) - 1)
+        self.layers = tuple(_xavier(*pair, k) for *pair, k in zip(sizes[:-1], sizes[1:], keys, strict=True))
+
+    def __call__(self, a: Float[Array, " n_in"]) -> Float[Array, " n_out"]:
+        """The output for the input a."""
+        for layer in self.layers[:-1]:
+            a = jnp.tanh(layer(a))
+        return self.layers[-1](a)
+
+
+class CaDeLaC(AbstractModel):
+    """A Lagrangian residual (D14) on a nominal robot; the sizes published are the defaults.
+
+    References: see the module.
+    """
+
+    body: RigidBody
+    """The nominal robot; never trained."""
+    encoder: Encoder
+    """History to context."""
+    inertia: Network
+    """(cos q, sin q, z) to the entries of L: the diagonal, then row by row what is below it."""
+    potential: Network
+    """(cos q, sin q, z) to P."""
+    history_length: int = eqx.field(static=True)
+    """Intervals of the history."""
+
+    def __init__(
+        self,
+        body: RigidBody,
+        *,
+        widths: tuple[int, ...] = (30, 20),
+        num_contexts: int = 10,
+        hidden: int = 10,
+        num_layers: int = 5,
+        history_length: int = 15,
+        key: Array,
+    ):
+        """A new model with random parameters.
+
+        Args:
+            body: The nominal robot.
+            widths: Of the tanh layers of both networks.
+            num_contexts: Size of z.
+            hidden: Size of the LSTMs.
+            num_layers: Number of LSTMs on top of each other.
+            history_length: Number of past intervals that the LSTM sees.
+            key: Random key of the initial parameters.
+        """
+        sizes = {"widths": min(widths, default=1), "num_contexts": num_contexts, "hidden": hidden}
+        for name, value in {**sizes, "num_layers": num_layers, "history_length": history_length}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}.")
+        n, keys = body.nq, jax.random.split(key, 3)
+        self.body = body
+        self.encoder = Encoder(3 * n, hidden, num_layers, num_contexts, keys[0])
+        self.inertia = Network((2 * n + num_contexts, *widths, n * (n + 1) // 2), keys[1])
+        self.potential = Network((2 * n + num_contexts, *widths, 1), keys[2])
+        self.history_length = history_length
+
+    def context(self, history: Float[Array, "H 3*n"]) -> Float[Array, " nz"]:
+        """z = LSTM(history)."""
+        return self.encoder(history)
+
+    def residual_mass(self, q: Float[Array, " n"], z: Float[Array, " nz"]) -> Float[Array, "n n"]:
+        """H(q, z)."""
+        L = self._factor(q, z)
+        return L @ L.T
+
+    def residual(self, q: Array, qd: Array, qdd: Array, z: Array) -> Float[Array, " n"]:
+        """The equation of motion (D14) of the residual."""
+        return _residual(q, qd, qdd, (self.inertia, self.potential, z))
+
+    def _factor(self, q: Array, z: Array) -> Array:
+        """L."""
+        return _lower(_entries(self.inertia(_features(q, z)), q.shape[0]))
+
+
+@eqx.filter_custom_jvp
+def _residual(q: Array, qd: Array, qdd: Array, networks: tuple) -> Array:
+    """(D14); its derivatives in q, q̇, q̈ are written out, which is several times cheaper than differentiating it."""
+    return _plain_residual(q, qd, qdd, networks)
+
+
+def _plain_residual(q: Array, qd: Array, qdd: Array, networks: tuple) -> Array:
+    inertia, potential, z = networks
+    L, L_dot = jax.jvp(lambda q: _lower(_entries(inertia(_features(q, z)), q.shape[0])), (q,), (qd,))
+    v = L.T @ qd  # ½ q̇ᵀ H q̇ = ½ |v|²
+    momentum_rate = L @ (L.T @ qdd + L_dot.T @ qd) + L_dot @ v
+    slope = _column_weights(qd, v)  # of ½ |v|² in the entries of L
+
+    def lagrangian(q):
+        a = _features(q, z)
+        return _entries(inertia(a), q.shape[0]) @ slope - potential(a)[0]
+
+    return momentum_rate - jax.grad(lagrangian)(q)
+
+
+@_residual.def_jvp
+def _residual_jvp(primals, tangents):
+    q, qd, qdd, networks = primals
+    inertia, potential, z = networks
+    n = q.shape[0]
+    net = _expand(inertia.layers, q, qd, z, split=n)
+    L, dL, dL_dot = _lower(net.value), _lower(net.jacobian), _lower(net.rate)  # dL: ∂L/∂q_k at [..., k]
+    L_dot = dL @ qd
+    v, w = L.T @ qd, L_dot.T @ qd
+    dLT_qd = jnp.einsum("ijk,i->jk", dL, qd)
+    moved = jnp.einsum("ijk,j->ik", dL, v) + L @ dLT_qd  # ∂(H q̇)/∂q
+    energy = _expand(potential.layers, q, qd, z)
+    slope = _column_weights(qd, v)
+    bend = net.hessian(slope) - energy.hessian(jnp.ones(1, q.dtype))
+    accelerated = jnp.einsum("ijk,j->ik", dL, L.T @ qdd + w) + L @ jnp.einsum("ijk,i->jk", dL, qdd)
+    transported = jnp.einsum("ijk,j->ik", dL_dot, v) + L_dot @ dLT_qd + L @ jnp.einsum("ijk,i->jk", dL_dot, qd)
+    H_dot = L_dot @ L.T
+    partials = (
+        accelerated + transported - dLT_qd.T @ dLT_qd - bend,
+        H_dot + H_dot.T + moved - moved.T,
+        L @ L.T,
+    )
+    value = L @ (L.T @ qdd + w) + L_dot @ v - (slope @ net.jacobian - energy.jacobian[0])
+    tangent = sum(J @ d for J, d in zip(partials, tangents[:3], strict=True) if d is not None)
+    perturbed, fixed = eqx.partition(networks, jax.tree.map(lambda d: d is not None, tangents[3], is_leaf=_is_none))
+    if jax.tree.leaves(perturbed):
+        fn = lambda part: _plain_residual(q, qd, qdd, eqx.combine(part, fixed))
+        tangent = tangent + jax.jvp(fn, (perturbed,), (tangents[3],))[1]
+    return value, tangent
+
+
+class _Expansion(NamedTuple):
+    """A network of (cos q, sin q, z) to second order in q."""
+
+    value: Float[Array, " m"]
+    jacobian: Float[Array, "m n"]
+    rate: Float[Array, "m n"]
+    """Derivative of the Jacobian along q̇."""
+    hessian: Callable
+    """hessian(c): that of c · value in q, (n, n)."""
+
+
+def _expand(layers: tuple, q: Array, qd: Array, z: Array, split: int = 0) -> _Expansion:
+    """Value and derivatives, layer by layer; the first `split` outputs pass the softplus of `_entries`.
+
+    A layer t = W h + b, h' = s(t) has  J' = s' ∘ (W J)  and, along q̇,  Ė' = s'' ∘ (W J q̇) ∘ (W J) + s' ∘ (W Ė).
+    """
+    cos, sin, still = jnp.cos(q), jnp.sin(q), jnp.zeros((z.shape[0], q.shape[0]), q.dtype)
+    h = jnp.concatenate([cos, sin, z])
+    J = jnp.concatenate([-jnp.diag(sin), jnp.diag(cos), still])
+    E = jnp.concatenate([-jnp.diag(cos * qd), -jnp.diag(sin * qd), still])
+    seen = []
+    for i, layer in enumerate(layers):
+        h, J, E = layer(h), layer.weight @ J, layer.weight @ E
+        if i < len(layers) - 1:
+            h = jnp.tanh(h)
+            first = 1.0 - h * h
+            second = -2.0 * h * first
+        elif split:
+            gate = jax.nn.sigmoid(h[:split])
+            rest = jnp.ones_like(h[split:])
+            h = _entries(h, split)
+            first = jnp.concatenate([gate, rest])
+            second = jnp.concatenate([gate * (1.0 - gate), 0.0 * rest])
+        else:
+            first, second = jnp.ones_like(h), jnp.zeros_like(h)
+        seen.append((layer.weight, J, first, second))
+        J, E = first[:, None] * J, (second * (J @ qd))[:, None] * J + first[:, None] * E
+
+    def hessian(c: Array) -> Array:
+        H = jnp.zeros((q.shape[0], q.shape[0]), q.dtype)
+        for weight, before, first, second in reversed(seen):
+            H = H + before.T @ ((c * second)[:, None] * before)
+            c = (c * first) @ weight
+        n = q.shape[0]
+        return H - jnp.diag(c[:n] * cos + c[n : 2 * n] * sin)
+
+    return _Expansion(h, J, E, hessian)
+
+
+def _entries(y: Array, n: int) -> Array:
+    """Entries of L from the output of the network: those of the diagonal are positive."""
+    return jnp.concatenate([jax.nn.softplus(y[:n]) + _DIAGONAL_SHIFT, y[n:]])
+
+
+def _lower(entries: Array) -> Array:
+    """L (n, n, ...) from its entries (m, ...)."""
+    n = int(np.sqrt(2 * entries.shape[0]))
+    mask = np.tri(n, dtype=bool).reshape((n, n) + (1,) * (entries.ndim - 1))
+    return jnp.where(mask, entries[_places(n)], 0.0)
+
+
+def _column_weights(qd: Array, v: Array) -> Array:
+    """∂(½ |Lᵀq̇|²)/∂entries, with v = Lᵀq̇."""
+    n = qd.shape[0]
+    rows, columns = (np.concatenate([np.arange(n), part]) for part in np.tril_indices(n, -1))
+    return qd[rows] * v[columns]
+
+
+def _features(q: Array, z: Array) -> Array:
+    return jnp.concatenate([jnp.cos(q), jnp.sin(q), z])
+
+
+def _places(n: int) -> np.ndarray:
+    """Index of each entry of L in the output of the network."""
+    places = np.zeros((n, n), int)
+    places[np.diag_indices(n)] = np.arange(n)
+    places[np.tril_indices(n, -1)] = np.arange(n, n * (n + 1) // 2)
+    return places
+
+
+def _xavier(num_in: int, num_out: int, key: Array) -> eqx.nn.Linear:
+    bound = np.sqrt(6.0 / (num_in + num_out))
+    linear = eqx.nn.Linear(num_in, num_out, key=key)
+    weight = jax.random.uniform(key, linear.weight.shape, linear.weight.dtype, -bound, bound)
+    bias = jnp.full((num_out,), 0.01, linear.weight.dtype)
+    return eqx.tree_at(lambda layer: (layer.weight, layer.bias), linear, (weight, bias))
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None

@@ -1,0 +1,326 @@
+"""Training: windows of logs, the weighted loss of rollouts, and the loop that minimises it.
+
+    loss(θ) = mean over samples of the weighted errors (D15) of  x̂_0 = x_t,  x̂_{k+1} = RK4(x̂_k, u_{t+k}, z_t; θ)
+
+with z_t from the history at t and held, as the controller holds it.
+
+References: Węgrzynowski et al., Learning What Matters, eq. (1).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, PyTree
+
+from sartor.data import Log
+from sartor.files import load_tree, save_tree
+from sartor.models.base import AbstractModel, Theta, arm_dynamics, history, rest, trainable
+from sartor.weights import Weights
+
+Loss = Callable[[Any, Any, Any], Array]
+"""loss(model, batch) -> (B,)."""
+Monitor = Callable[[int, int], None]
+"""monitor(done, total), called as training proceeds."""
+
+
+class Windows(NamedTuple):
+    """Samples: a state with its past, and what came after. The first axis is that of samples."""
+
+    x0: np.ndarray
+    """(B, nx), measured states."""
+    us: np.ndarray
+    """(B, P, nu), the controls that followed."""
+    xs: np.ndarray
+    """(B, P, nx), the states that followed."""
+    history: np.ndarray
+    """(B, H, 3n), the past (D13)."""
+    run: np.ndarray
+    """(B,), index of the log."""
+    step: np.ndarray
+    """(B,), control step in the log."""
+    environment: np.ndarray
+    """(B,), environment of the log."""
+
+    def __len__(self) -> int:
+        return len(self.x0)
+
+    def take(self, which: Any) -> "Windows":
+        """Some of the samples."""
+        return Windows(*(field[which] for field in self))
+
+
+@dataclass(frozen=True)
+class Config:
+    """How to train."""
+
+    epochs: int = 6
+    """Passes over the data."""
+    batch: int = 256
+    """Samples of a gradient step."""
+    learning_rate: float = 1e-3
+    """Of Adam, at the beginning; it falls to zero along a cosine."""
+    weight_decay: float = 0.0
+    """Of AdamW."""
+    seed: int = 0
+    """Of the order of the samples, which does not depend on the weights."""
+
+    def __post_init__(self):
+        for name, value in (("epochs", self.epochs), ("batch", self.batch)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}.")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive, not {self.learning_rate}.")
+
+
+class Curve(NamedTuple):
+    """Loss after every epoch, relative to that before training."""
+
+    train: list[float]
+    """Mean over the gradient steps of the epoch."""
+    validation: list[float]
+    """On the validation samples; empty without any."""
+
+
+def windows(logs: Sequence[Log], model: AbstractModel, num_steps: int, *, stride: int = 1) -> Windows:
+    """All samples of `num_steps` steps in some logs, with their histories.
+
+    Args:
+        logs: Runs of the robot.
+        model: Its nominal robot and `history_length` are used.
+        num_steps: P, steps that follow each sample.
+        stride: Take every so many control steps.
+
+    Fails: `ValueError` for a log that is too short or of another robot.
+    """
+    parts = [_windows_of(log, i, model, num_steps, stride) for i, log in enumerate(logs)]
+    return Windows(*(np.concatenate(fields) for fields in zip(*parts, strict=True)))
+
+
+def rollout_errors(
+    model: AbstractModel, dt: float, x0: Array, us: Array, xs: Array, past: Array
+) -> Float[Array, "p nx"]:
+    """x̂ - x of one sample along its p controls."""
+    theta = Theta(model, model.context(past), None)
+    step = arm_dynamics(dt)
+
+    def advance(x, u):
+        x = step(x, u, 0, theta)
+        return x, x
+
+    return jax.lax.scan(advance, x0, us)[1] - xs
+
+
+def rollout_loss(dt: float, model: AbstractModel, batch: tuple[Windows, Weights]) -> Float[Array, " B"]:
+    """Weighted loss (D15) of each sample of a batch; p is that of the weights."""
+    sample, weights = batch
+    num_steps = jax.tree.leaves(weights)[0].shape[-2]
+    errors = jax.vmap(partial(rollout_errors, model, dt))(
+        sample.x0, sample.us[:, :num_steps], sample.xs[:, :num_steps], sample.history
+    )
+    return weights.loss(errors)
+
+
+def fit(
+    model: AbstractModel,
+    samples: Windows,
+    weights: Weights,
+    config: Config,
+    *,
+    dt: float,
+    validation: tuple[Windows, Weights] | None = None,
+    checkpoint: Path | None = None,
+    monitor: Monitor | None = None,
+    after_epoch: Callable[[int, AbstractModel], None] | None = None,
+) -> tuple[AbstractModel, Curve]:
+    """Train a model on rollouts under some weights.
+
+    Args:
+        model: Where training starts; its nominal robot stays as it is.
+        samples: Training data.
+        weights: Their weights, one for each sample.
+        config: How to train.
+        dt: Control step of the data [s].
+        validation: Other samples with their weights, for the curve only.
+        checkpoint: File that keeps the state after every epoch; if it exists, training goes on from there, to the
+            same result as without the interruption.
+        monitor: Called after every gradient step.
+        after_epoch: after_epoch(epoch, model), called after every epoch, counted from 1.
+
+    Returns: the model, and the curve of its loss relative to that of the model at the start.
+    Fails: `ValueError` for weights that do not fit the samples, `FloatingPointError` if the loss is not finite.
+    """
+    num_samples = jax.tree.leaves(weights)[0].shape[0]
+    if num_samples != len(samples):
+        raise ValueError(f"weights are those of {num_samples} samples, but there are {len(samples)}.")
+    loss = eqx.Partial(rollout_loss, dt)
+    return optimise(loss, model, (samples, weights), config, validation, checkpoint, monitor, after_epoch)
+
+
+class TorqueSamples(NamedTuple):
+    """Samples for pretraining. The first axis is that of samples."""
+
+    q: np.ndarray
+    """(B, n) [rad]."""
+    qd: np.ndarray
+    """(B, n)."""
+    qdd: np.ndarray
+    """(B, n)."""
+    target: np.ndarray
+    """(B, n), torques that the nominal robot leaves out [Nm]."""
+    history: np.ndarray
+    """(B, H, 3n), the past (D13)."""
+
+
+def torque_loss(variances: tuple[float, ...], model: AbstractModel, batch: TorqueSamples) -> Float[Array, " B"]:
+    """Σ_j (residual_j - target_j)²/variance_j of each sample of a batch.
+
+    References: Schulze et al., Context-Aware Deep Lagrangian Networks for Model Predictive Control, 2025, and its code.
+    """
+
+    def error(q, qd, qdd, target, past):
+        return model.residual(q, qd, qdd, model.context(past)) - target
+
+    return jnp.sum(jax.vmap(error)(*batch) ** 2 / jnp.asarray(variances, batch.target.dtype), -1)
+
+
+def pretrain(
+    model: AbstractModel, samples: TorqueSamples, config: Config, *, validation: TorqueSamples | None = None,
+    checkpoint: Path | None = None, monitor: Monitor | None = None,
+) -> tuple[AbstractModel, Curve]:  # fmt: skip
+    """Train the residual of a model on torques that are known, as a simulator knows those of a payload.
+
+    The loss is `torque_loss` with the variance of each torque over the samples. Else as `fit`.
+    """
+    loss = eqx.Partial(torque_loss, tuple(np.var(samples.target, 0).tolist()))
+    return optimise(loss, model, samples, config, validation, checkpoint, monitor)
+
+
+def optimise(
+    loss: Callable, model: AbstractModel, data: PyTree, config: Config, validation: PyTree | None = None,
+    checkpoint: Path | None = None, monitor: Monitor | None = None,
+    after_epoch: Callable[[int, AbstractModel], None] | None = None,
+) -> tuple[AbstractModel, Curve]:  # fmt: skip
+    """Minimise the mean of loss(model, batch) -> (B,) over data whose leaves have samples along their first axis.
+
+    The loss is divided by its value at the start. Else as `fit`.
+    """
+    data = jax.tree.map(lambda leaf: np.asarray(leaf, _dtype(model)) if _floating(leaf) else np.asarray(leaf), data)
+    num_samples = len(jax.tree.leaves(data)[0])
+    batch = min(config.batch, num_samples)
+    num_steps = num_samples // batch
+    optimiser = _optimiser(config, num_steps)
+    free, fixed = eqx.partition(model, trainable(model))
+    scale = 1.0 / mean_loss(loss, model, data)
+    state = (free, optimiser.init(free), jnp.zeros((2, config.epochs)))
+    epoch, state = _resume(checkpoint, state)
+    while epoch < config.epochs:
+        order = np.random.default_rng((config.seed, epoch)).permutation(num_samples)
+        free, opt_state, curve = state
+        total = 0.0
+        for i in range(num_steps):
+            chosen = _take(data, order[i * batch : (i + 1) * batch])
+            free, opt_state, value = _step(loss, optimiser, free, fixed, opt_state, chosen, scale)
+            total += float(value)
+            if monitor is not None:
+                monitor(epoch * num_steps + i + 1, config.epochs * num_steps)
+        if not np.isfinite(total):
+            raise FloatingPointError(
+                f"the loss is not finite in epoch {epoch + 1}: lower learning_rate ({config.learning_rate}), and look"
+                " for samples that no model can follow."
+            )
+        trained = eqx.combine(free, fixed)
+        held_out = np.nan if validation is None else scale * mean_loss(loss, trained, validation)
+        curve = curve.at[:, epoch].set(jnp.asarray([total / num_steps, held_out]))
+        state, epoch = (free, opt_state, curve), epoch + 1
+        if checkpoint is not None:
+            save_tree(checkpoint, (np.asarray(epoch), *state))
+        if after_epoch is not None:
+            after_epoch(epoch, trained)
+    train, held_out = np.asarray(state[2]).tolist()
+    return eqx.combine(state[0], fixed), Curve(train, [] if validation is None else held_out)
+
+
+def mean_loss(loss: Callable, model: AbstractModel, data: PyTree, batch: int = 512) -> float:
+    """Mean of loss(model, batch) over all data."""
+    return float(np.mean(losses(loss, model, data, batch)))
+
+
+def losses(loss: Callable, model: AbstractModel, data: PyTree, batch: int = 512) -> Float[np.ndarray, " B"]:
+    """loss(model, ...) of each sample, computed in batches."""
+    data = jax.tree.map(lambda leaf: np.asarray(leaf, _dtype(model)) if _floating(leaf) else np.asarray(leaf), data)
+    num_samples = len(jax.tree.leaves(data)[0])
+    batch = min(batch, num_samples)
+    values = []
+    for start in range(0, num_samples, batch):
+        # The last batch is filled up with the first sample: one shape compiles once.
+        which = np.arange(start, start + batch) * (np.arange(start, start + batch) < num_samples)
+        values.append(_losses(loss, model, _take(data, which)))
+    return np.concatenate(values)[:num_samples]
+
+
+def _windows_of(log: Log, run: int, model: AbstractModel, num_steps: int, stride: int) -> Windows:
+    n, length, num = model.body.nq, model.history_length, len(log.us)
+    if log.us.shape[1] != n:
+        raise ValueError(f"logs[{run}] has {log.us.shape[1]} joints, but the model has {n}: it is of another robot.")
+    if num < num_steps:
+        raise ValueError(f"logs[{run}] has {num} control steps: a sample needs {num_steps} to follow it.")
+    past = np.asarray(_history(model.body, jnp.asarray(log.xs), jnp.asarray(log.us), log.dt))
+    past = np.concatenate([np.asarray(rest(jnp.asarray(log.xs[0, :n]), length)), past])
+    steps = np.arange(0, num - num_steps + 1, stride)
+    ahead = steps[:, None] + np.arange(num_steps)
+    behind = steps[:, None] + np.arange(length)
+    count = len(steps)
+    return Windows(
+        log.xs[steps], log.us[ahead], log.xs[ahead + 1], past[behind].astype(np.float32),
+        np.full(count, run), steps, np.full(count, log.environment),
+    )  # fmt: skip
+
+
+_history = eqx.filter_jit(history)
+
+
+@eqx.filter_jit
+def _losses(loss: Callable, model: AbstractModel, batch: PyTree) -> Array:
+    return loss(model, batch)
+
+
+@eqx.filter_jit(donate="none")
+def _step(loss, optimiser, free, fixed, opt_state, batch, scale):
+    def objective(free):
+        return scale * jnp.mean(loss(eqx.combine(free, fixed), batch))
+
+    value, gradient = eqx.filter_value_and_grad(objective)(free)
+    updates, opt_state = optimiser.update(gradient, opt_state, free)
+    return eqx.apply_updates(free, updates), opt_state, value
+
+
+def _optimiser(config: Config, steps_per_epoch: int) -> optax.GradientTransformation:
+    schedule = optax.cosine_decay_schedule(config.learning_rate, config.epochs * steps_per_epoch)
+    return optax.chain(optax.clip_by_global_norm(10.0), optax.adamw(schedule, weight_decay=config.weight_decay))
+
+
+def _resume(checkpoint: Path | None, state: PyTree) -> tuple[int, PyTree]:
+    if checkpoint is None or not checkpoint.exists():
+        return 0, state
+    epoch, *state = load_tree(checkpoint, (np.asarray(0), *state))
+    return int(epoch), tuple(state)
+
+
+def _take(data: PyTree, which: np.ndarray) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[which], data)
+
+
+def _floating(leaf: Any) -> bool:
+    return np.issubdtype(np.asarray(leaf).dtype, np.floating)
+
+
+def _dtype(model: AbstractModel) -> Any:
+    return model.body.masses.dtype
