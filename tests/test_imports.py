@@ -12,9 +12,12 @@ import sartor
 ROOT = Path(sartor.__file__).parent
 # Each imports only from those before it, or beside it.
 ORDER = [
-    {"problem"}, {"solution"}, {"kkt"}, {"riccati"}, {"sensitivity"}, {"solvers.base"}, {"solvers.qp"},
-    {"solvers.sqp", "solvers.box_ddp"}, {"solve"}, {"labels"}, {"models.integrate"}, {"mpc"}, {"systems"}, {"report"},
-    {"experiments"}, {"cli"},
+    {"problem"}, {"solution"}, {"kkt"}, {"riccati"}, {"sensitivity"}, {"solvers.base"},
+    {"solvers.qp", "solvers.active_set"}, {"solvers.sqp", "solvers.box_ddp"}, {"solve"}, {"labels"}, {"mpc"}, {"files"},
+    {"models.integrate", "models.rigid_body"}, {"models.base"}, {"models.lagrangian"}, {"models.mlp"}, {"models.store"},
+    {"data"}, {"logs", "lerobot_meta"}, {"lerobot"}, {"weights"}, {"train"}, {"plant", "render"}, {"tracking"},
+    {"systems"}, {"pairing"}, {"evaluate"}, {"report"}, {"figures"}, {"tables"}, {"report_panda"}, {"experiments"},
+    {"cli"},
 ]  # fmt: skip
 
 

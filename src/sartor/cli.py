@@ -1,6 +1,7 @@
 """The command line: `sartor run`, `sartor report`, `sartor list`."""
 
 import os
+import shlex
 import sys
 from dataclasses import dataclass, fields
 from datetime import datetime
@@ -20,9 +21,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from sartor.experiments import closed_loop
+from sartor.experiments import closed_loop, panda
 
 _EXPERIMENTS = {
+    "panda": "Tailor a Panda's dynamics model to its tracking task, under several loss weightings (some ten minutes).",
     "pendulum": "Swing-up of a pendulum with a weak motor, in closed loop.",
     "cartpole": "Swing-up of a pole on a cart, in closed loop.",
     "quadrotor": "Flight to a goal with bounded thrusts and velocity, in closed loop.",
@@ -35,7 +37,8 @@ def _closed_loop(system: Any) -> Any:
 
 
 Experiment = (
-    Annotated[closed_loop.Config, _closed_loop("pendulum")]
+    Annotated[panda.Config, tyro.conf.subcommand("panda", description=_EXPERIMENTS["panda"])]
+    | Annotated[closed_loop.Config, _closed_loop("pendulum")]
     | Annotated[closed_loop.Config, _closed_loop("cartpole")]
     | Annotated[closed_loop.Config, _closed_loop("quadrotor")]
 )
@@ -95,36 +98,50 @@ def main(args: list[str] | None = None) -> None:
 def _run(command: Run, console: Console) -> None:
     config = command.experiment if command.resume is None else _stored(command.resume)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    out = command.resume or command.out or Path("runs") / f"{config.system}-{stamp}"
-    if command.resume is None or not (out / "metrics.json").exists():
+    out = command.resume or command.out or Path("runs") / f"{_name(config)}-{stamp}"
+    if command.resume is None or not _finished(config, out):
         _run_with_progress(config, out, console)
     _report(out, console)
 
 
-def _run_with_progress(config: closed_loop.Config, out: Path, console: Console) -> None:
+def _run_with_progress(config: Any, out: Path, console: Console) -> None:
     _configure_jax()
     try:
         with _progress(console) as progress:
             tasks = {}
 
-            def monitor(phase: str, done: int, total: int) -> None:
+            def monitor(phase: str, done: float, total: float) -> None:
                 if phase not in tasks:
                     tasks[phase] = progress.add_task(phase, total=total)
-                progress.update(tasks[phase], completed=done)
+                progress.update(tasks[phase], completed=done, total=total)
 
-            closed_loop.run(config, out, monitor)
+            if isinstance(config, panda.Config):
+                panda.run(config, out, monitor, command=shlex.join(["sartor", *sys.argv[1:]]))
+            else:
+                closed_loop.run(config, out, monitor)
     except KeyboardInterrupt:
-        console.print(f"Interrupted. Finish it with: sartor run {config.system} --resume {out}", soft_wrap=True)
+        console.print(f"Interrupted. Finish it with: sartor run {_name(config)} --resume {out}", soft_wrap=True)
         sys.exit(130)
 
 
-def _stored(folder: Path) -> closed_loop.Config:
+def _name(config: Any) -> str:
+    return "panda" if isinstance(config, panda.Config) else config.system
+
+
+def _finished(config: Any, out: Path) -> bool:
+    return (out / ("curves.parquet" if isinstance(config, panda.Config) else "metrics.json")).exists()
+
+
+def _stored(folder: Path) -> Any:
     from sartor.files import read_json
 
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds no run: there is no config.json.")
-    known = {field.name for field in fields(closed_loop.Config)}
-    return closed_loop.Config(**{k: v for k, v in read_json(folder / "config.json").items() if k in known})
+    stored = read_json(folder / "config.json")
+    kind = panda.Config if stored.get("experiment") == "panda" else closed_loop.Config
+    known = {field.name for field in fields(kind)}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in known}
+    return kind(**values)
 
 
 def _configure_jax() -> None:
@@ -133,9 +150,14 @@ def _configure_jax() -> None:
 
     if jax.__version_info__[:2] == (0, 10):  # an unknown flag would end the program
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sartor" / "jax"
+    os.environ["JAX_ENABLE_X64"] = "1"  # for worker processes; below for this one
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_cache())
     jax.config.update("jax_enable_x64", True)
-    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_compilation_cache_dir", str(_cache()))
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sartor" / "jax"
 
 
 def _progress(console: Console) -> Progress:
@@ -153,6 +175,12 @@ def _progress(console: Console) -> Progress:
 
 
 def _report(folder: Path, console: Console) -> None:
+    if isinstance(_stored(folder), panda.Config):
+        from sartor import report_panda
+
+        console.print(report_panda.table(folder))
+        console.print(f"report: {report_panda.page(folder)}", soft_wrap=True)
+        return
     from sartor import report
 
     console.print(report.table(folder))

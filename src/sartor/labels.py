@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 from sartor import kkt
 from sartor.problem import Problem, Theta, penalty, row_penalties
 from sartor.sensitivity import (
+    Curvature,
     Linearisation,
     action_hessian,
     first_control_adjoint,
@@ -146,6 +147,7 @@ def label(
     perturb: Together = "one_by_one",
     combine: Literal["signed", "absolute", "regret"] = "signed",
     error: Literal["defect", "trajectory"] = "defect",
+    curvature: Curvature = "exact",
 ) -> Label:
     """Solve, and label the sample with the weight S of every predicted state's error (D9).
 
@@ -162,6 +164,7 @@ def label(
             Σ_j g_j |du_0[j]/de|; "regret" √diag((du_0/de)ᵀΛ(du_0/de)), the cost of an error to second order (D10).
         error: "defect": x_{k+1} = f(x_k, u_k) + e_{k+1}, the error propagates. "trajectory": the prediction of stage k
             alone is off by e_k.
+        curvature: See `linearise`: "gauss_newton" is cheaper, and an approximation.
 
     Returns: the label, with a status.
     Fails: `ValueError` for wrong input, as `solve`; a failed solve is a status, and its label NaN.
@@ -174,7 +177,7 @@ def label(
         raise ValueError(f"error must be 'defect' or 'trajectory', not {error!r}.")
     sol = solve(problem, theta, x0, solver=solver, guess=guess, throw=False)
     eps = jnp.asarray(eps, sol.us.dtype)
-    return _label(problem, theta, sol, eps, method, perturb, combine, error, solver)
+    return _label(problem, theta, sol, eps, method, perturb, combine, error, curvature, solver)
 
 
 def regret_factor(
@@ -199,8 +202,8 @@ def regret_factor(
 
 
 @eqx.filter_jit
-def _label(problem, theta, sol, eps, method, perturb, combine, error, solver) -> Label:
-    lin = linearise(problem, theta, sol)
+def _label(problem, theta, sol, eps, method, perturb, combine, error, curvature, solver) -> Label:
+    lin = linearise(problem, theta, sol, curvature)
     adjoint = -first_control_adjoint(lin).lams
     du0_dx0, du0_de = adjoint[:, 0], adjoint[:, 1:]
     if error == "trajectory":

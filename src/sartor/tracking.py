@@ -9,6 +9,7 @@ per step and held over the horizon; the first plan starts from the measured stat
 References: Schulze et al., Context-Aware Deep Lagrangian Networks for Model Predictive Control, 2025, and its code.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -42,6 +43,8 @@ class Loop(NamedTuple):
     """History (D13) up to the last control instant."""
     memory: Memory
     """Of the MPC."""
+    context: Float[Array, " nz"]
+    """z, filtered."""
 
 
 class Tracker(eqx.Module):
@@ -55,6 +58,8 @@ class Tracker(eqx.Module):
     """Control step [s]."""
     solver: AbstractSolver = SQP(curvature="gauss_newton", real_time=True)
     """What is done in a control step."""
+    cutoff: float = eqx.field(static=True, default=float("inf"))
+    """Cut-off frequency [Hz] of a first-order low-pass filter of the context; inf for none."""
     per_plant: bool = eqx.field(static=True, default=False)
     """Whether each plant has a model of its own."""
 
@@ -130,9 +135,9 @@ def track(
     if refs.ndim != 3 or refs.shape[1] < wanted[1] or refs.shape[::2] != wanted[::2]:
         raise ValueError(f"refs must have shape {wanted}, (plants, steps + horizon + 1, states), not {refs.shape}.")
     x = plants.reset(np.concatenate([refs[:, 0, : plants.nq], np.zeros((len(plants), plants.nq))], 1))
-    loop, xs, us, qdds, steps = tracker.begin(x), [x], [], [], []
+    loop, xs, us, qdds, steps = tracker.begin(jnp.asarray(x)), [x], [], [], []
     for t in range(num_steps):
-        u, loop, step = tracker.control(loop, x, refs[:, t : t + horizon + 1], t == 0)
+        u, loop, step = tracker.control(loop, jnp.asarray(x), jnp.asarray(refs[:, t : t + horizon + 1]), t == 0)
         u = np.asarray(u, float) + dither * rng.standard_normal((len(plants), plants.nq))
         x = plants.step(u)
         loop = loop._replace(u=jnp.asarray(plants.us, loop.u.dtype))  # as clipped, and with the noise
@@ -169,26 +174,28 @@ def follow(
 def _begin(tracker: Tracker, xs: Array) -> Loop:
     nu, horizon, length = tracker.problem.nu, tracker.problem.horizon, tracker.model.history_length
 
-    def one(x):
+    def one(model, x):
         us = jnp.zeros((horizon, nu), x.dtype)
         start = guess(jnp.broadcast_to(x, (horizon + 1, x.shape[0])), us)
-        memory = Memory(start, us, jnp.asarray(0))
-        return Loop(x, us[0], rest(x[:nu], length), memory)
+        memory, past = Memory(start, us, jnp.asarray(0)), rest(x[:nu], length)
+        return Loop(x, us[0], past, memory, model.context(past))
 
-    return jax.vmap(one)(xs)
+    return jax.vmap(one, in_axes=(0 if tracker.per_plant else None, 0))(tracker.model, xs)
 
 
 @eqx.filter_jit
 def _control(tracker: Tracker, loop: Loop, xs: Array, refs: Array, first: Array) -> tuple[Array, Loop, Step]:
+    gain = 1.0 - math.exp(-2.0 * math.pi * tracker.cutoff * tracker.dt)
+
     def one(model, loop, x, refs):
         past = loop.history
         if model.history_length:
             newest = history(model.body, jnp.stack([loop.x, x]), loop.u[None], tracker.dt)
             past = jnp.where(first, past, jnp.concatenate([past[1:], newest]))
-        z = model.context(past)
+        z = loop.context + gain * (model.context(past) - loop.context)
         controller = MPC(tracker.problem, Theta(model, z, refs), solver=tracker.solver)
         u, memory, info = controller(x, 0, loop.memory)
-        return u, Loop(x, u, past, memory), Step(info.result, info.num_steps, z)
+        return u, Loop(x, u, past, memory, z), Step(info.result, info.num_steps, z)
 
     return jax.vmap(one, in_axes=(0 if tracker.per_plant else None, 0, 0, 0))(tracker.model, loop, xs, refs)
 
@@ -200,4 +207,5 @@ def _dtype(tracker: Tracker) -> Any:
 def _logs(plants: Plants, records: Any, refs: np.ndarray, environments: Sequence[int] | None) -> list[Log]:
     xs, us, qdds = (np.stack(record, 1) for record in records)
     numbers = range(len(plants)) if environments is None else environments
-    return [Log(*run, plants.dt, int(e), a) for *run, e, a in zip(xs, us, refs, numbers, qdds, strict=True)]
+    parts = zip(xs, us, refs, numbers, qdds, strict=True)
+    return [Log(x, u, r, plants.dt, int(e), a) for x, u, r, e, a in parts]

@@ -9,7 +9,7 @@ References: Węgrzynowski et al., Learning What Matters, eq. (1).
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,7 +49,9 @@ class Windows(NamedTuple):
     environment: np.ndarray
     """(B,), environment of the log."""
 
-    def __len__(self) -> int:
+    @property
+    def size(self) -> int:
+        """B."""
         return len(self.x0)
 
     def take(self, which: Any) -> "Windows":
@@ -70,7 +72,10 @@ class Config:
     weight_decay: float = 0.0
     """Of AdamW."""
     seed: int = 0
-    """Of the order of the samples, which does not depend on the weights."""
+    """Of the order of the samples and of the noise, which do not depend on the weights."""
+    noise: tuple[float, ...] = ()
+    """Standard deviations (3n,) of noise on every row of the histories, fresh in every step; () for none. It keeps the
+    context from following single rows, through which the controller would otherwise feed back on itself."""
 
     def __post_init__(self):
         for name, value in (("epochs", self.epochs), ("batch", self.batch)):
@@ -100,6 +105,8 @@ def windows(logs: Sequence[Log], model: AbstractModel, num_steps: int, *, stride
 
     Fails: `ValueError` for a log that is too short or of another robot.
     """
+    if not logs:
+        raise ValueError("logs is empty: there is nothing to learn from.")
     parts = [_windows_of(log, i, model, num_steps, stride) for i, log in enumerate(logs)]
     return Windows(*(np.concatenate(fields) for fields in zip(*parts, strict=True)))
 
@@ -122,9 +129,8 @@ def rollout_loss(dt: float, model: AbstractModel, batch: tuple[Windows, Weights]
     """Weighted loss (D15) of each sample of a batch; p is that of the weights."""
     sample, weights = batch
     num_steps = jax.tree.leaves(weights)[0].shape[-2]
-    errors = jax.vmap(partial(rollout_errors, model, dt))(
-        sample.x0, sample.us[:, :num_steps], sample.xs[:, :num_steps], sample.history
-    )
+    ahead: Any = (sample.x0, sample.us[:, :num_steps], sample.xs[:, :num_steps], sample.history)
+    errors = jax.vmap(partial(rollout_errors, model, dt))(*ahead)
     return weights.loss(errors)
 
 
@@ -158,8 +164,11 @@ def fit(
     Fails: `ValueError` for weights that do not fit the samples, `FloatingPointError` if the loss is not finite.
     """
     num_samples = jax.tree.leaves(weights)[0].shape[0]
-    if num_samples != len(samples):
-        raise ValueError(f"weights are those of {num_samples} samples, but there are {len(samples)}.")
+    if num_samples != samples.size:
+        raise ValueError(f"weights are those of {num_samples} samples, but there are {samples.size}.")
+    num_steps = jax.tree.leaves(weights)[0].shape[-2]
+    if num_steps > samples.us.shape[1]:
+        raise ValueError(f"weights have {num_steps} steps, but the samples only {samples.us.shape[1]}: cut longer.")
     loss = eqx.Partial(rollout_loss, dt)
     return optimise(loss, model, (samples, weights), config, validation, checkpoint, monitor, after_epoch)
 
@@ -216,7 +225,7 @@ def optimise(
     num_samples = len(jax.tree.leaves(data)[0])
     batch = min(config.batch, num_samples)
     num_steps = num_samples // batch
-    optimiser = _optimiser(config, num_steps)
+    optimiser = _optimiser(config.learning_rate, config.weight_decay, config.epochs * num_steps)
     free, fixed = eqx.partition(model, trainable(model))
     scale = 1.0 / mean_loss(loss, model, data)
     state = (free, optimiser.init(free), jnp.zeros((2, config.epochs)))
@@ -226,7 +235,7 @@ def optimise(
         free, opt_state, curve = state
         total = 0.0
         for i in range(num_steps):
-            chosen = _take(data, order[i * batch : (i + 1) * batch])
+            chosen = _noisy(_take(data, order[i * batch : (i + 1) * batch]), config, (epoch, i))
             free, opt_state, value = _step(loss, optimiser, free, fixed, opt_state, chosen, scale)
             total += float(value)
             if monitor is not None:
@@ -302,20 +311,34 @@ def _step(loss, optimiser, free, fixed, opt_state, batch, scale):
     return eqx.apply_updates(free, updates), opt_state, value
 
 
-def _optimiser(config: Config, steps_per_epoch: int) -> optax.GradientTransformation:
-    schedule = optax.cosine_decay_schedule(config.learning_rate, config.epochs * steps_per_epoch)
-    return optax.chain(optax.clip_by_global_norm(10.0), optax.adamw(schedule, weight_decay=config.weight_decay))
+@cache  # the same functions for the same numbers: `_step` does not compile anew for every training
+def _optimiser(learning_rate: float, weight_decay: float, num_steps: int) -> optax.GradientTransformation:
+    schedule = optax.cosine_decay_schedule(learning_rate, num_steps)
+    return optax.chain(optax.clip_by_global_norm(10.0), optax.adamw(schedule, weight_decay=weight_decay))
 
 
 def _resume(checkpoint: Path | None, state: PyTree) -> tuple[int, PyTree]:
     if checkpoint is None or not checkpoint.exists():
         return 0, state
-    epoch, *state = load_tree(checkpoint, (np.asarray(0), *state))
-    return int(epoch), tuple(state)
+    epoch, *stored = load_tree(checkpoint, (np.asarray(0), *state))
+    if [leaf.shape for leaf in jax.tree.leaves(stored)] != [leaf.shape for leaf in jax.tree.leaves(state)]:
+        raise ValueError(f"{checkpoint} is of a model of other sizes, or of another number of epochs: delete it.")
+    return int(epoch), tuple(stored)
 
 
 def _take(data: PyTree, which: np.ndarray) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[which], data)
+
+
+def _noisy(batch: Any, config: Config, step: tuple[int, int]) -> Any:
+    """A batch of samples, or of samples with weights, with noise on its histories."""
+    if not config.noise:
+        return batch
+    if not hasattr(batch, "history"):
+        return (_noisy(batch[0], config, step), *batch[1:])
+    rng = np.random.default_rng((config.seed, *step, 1))
+    noise = rng.standard_normal(batch.history.shape, np.float32) * np.asarray(config.noise, np.float32)
+    return batch._replace(history=batch.history + noise.astype(batch.history.dtype))
 
 
 def _floating(leaf: Any) -> bool:

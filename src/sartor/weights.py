@@ -71,7 +71,7 @@ def from_labels(
         quantile: Where to clip, so that no single sample rules.
     """
     mask = used(S.shape[-1], states)
-    W = _finite("S", np.asarray(S, float)[:, :num_steps])[:, :, mask]
+    W = _finite("S", _first_steps("S", S, num_steps))[..., mask]
     W = np.minimum(W, np.quantile(W, quantile))
     whole = np.zeros((*W.shape[:2], S.shape[-1]))
     whole[:, :, mask] = W / _rms(W)
@@ -89,11 +89,11 @@ def from_factors(
         states: Which states count.
         quantile: Samples with larger factors are scaled down to it.
     """
-    F = _finite("F", np.asarray(F, float)[:, :, :num_steps]) * used(F.shape[-1], states)
+    F = _finite("F", _first_steps("F", F, num_steps)) * used(F.shape[-1], states)
     size = np.sqrt(np.sum(F**2, (1, 2, 3)))
     F = F * np.minimum(1.0, np.quantile(size, quantile) / np.maximum(size, 1e-300))[:, None, None, None]
-    entries = num_steps * used(F.shape[-1], states).sum()
-    return Factor(jnp.asarray(F / np.sqrt(np.mean(np.sum(F**2, (1, 2, 3))) / entries)))
+    per_entry = F.shape[1] / np.mean(used(F.shape[-1], states))  # rows share an entry, and not all entries count
+    return Factor(jnp.asarray(F / (np.sqrt(per_entry) * _rms(F))))
 
 
 def scaled(weights: Weights, per_sample: Float[np.ndarray, " B"]) -> Weights:
@@ -151,8 +151,15 @@ def _rms(values: np.ndarray | Array) -> float:
     return size
 
 
+def _first_steps(name: str, labels: np.ndarray, num_steps: int) -> np.ndarray:
+    labels = np.asarray(labels, float)
+    if not 1 <= num_steps <= labels.shape[-2]:
+        raise ValueError(f"num_steps must lie between 1 and {labels.shape[-2]}, the steps of {name}, not {num_steps}.")
+    return labels[..., :num_steps, :]
+
+
 def _finite(name: str, values: np.ndarray) -> np.ndarray:
-    bad = ~np.isfinite(values.reshape(len(values), -1)).all(1)
+    bad: np.ndarray = ~np.all(np.isfinite(values.reshape(len(values), -1)), axis=1)
     if bad.any():
-        raise ValueError(f"{name} is not finite for {bad.sum()} of {len(bad)} samples: leave out those that failed.")
+        raise ValueError(f"{name} is not finite for {bad.sum()} of {bad.size} samples: leave out those that failed.")
     return values

@@ -70,6 +70,14 @@ class Network(eqx.Module):
         return self.layers[-1](a)
 
 
+def check_sizes(widths: tuple[int, ...], num_contexts: int, hidden: int, num_layers: int, history_length: int) -> None:
+    """Raise a `ValueError` for sizes that no model can have."""
+    sizes = {"widths": min(widths, default=1), "num_contexts": num_contexts, "hidden": hidden}
+    for name, value in {**sizes, "num_layers": num_layers, "history_length": history_length}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}.")
+
+
 class CaDeLaC(AbstractModel):
     """A Lagrangian residual (D14) on a nominal robot; the sizes published are the defaults.
 
@@ -109,10 +117,7 @@ class CaDeLaC(AbstractModel):
             history_length: Number of past intervals that the LSTM sees.
             key: Random key of the initial parameters.
         """
-        sizes = {"widths": min(widths, default=1), "num_contexts": num_contexts, "hidden": hidden}
-        for name, value in {**sizes, "num_layers": num_layers, "history_length": history_length}.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}.")
+        check_sizes(widths, num_contexts, hidden, num_layers, history_length)
         n, keys = body.nq, jax.random.split(key, 3)
         self.body = body
         self.encoder = Encoder(3 * n, hidden, num_layers, num_contexts, keys[0])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sartor.models.base import AbstractModel
-from sartor.models.lagrangian import Encoder, Network
+from sartor.models.lagrangian import Encoder, Network, check_sizes
 from sartor.models.rigid_body import RigidBody
 
 
@@ -38,6 +38,7 @@ class ResidualMLP(AbstractModel):
         key: Array,
     ):
         """A new model with random parameters; the arguments are those of `CaDeLaC`."""
+        check_sizes(widths, num_contexts, hidden, num_layers, history_length)
         n, keys = body.nq, jax.random.split(key)
         self.body = body
         self.encoder = Encoder(3 * n, hidden, num_layers, num_contexts, keys[0])

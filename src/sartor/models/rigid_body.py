@@ -424,9 +424,16 @@ def _check(m: mujoco.MjModel) -> None:
         )
     wrong = {
         "equality constraints (a closed loop); cut the loop": m.neq,
-        "joint springs (stiffness); set it to 0 and add the springs to the residual": np.any(m.jnt_stiffness),
+        "joint springs (stiffness); set it to 0 and add the springs to the residual": np.any(m.jnt_stiffness)
+        or np.any(getattr(m, "jnt_stiffnesspoly", 0)),
+        "damping that is not linear in the velocity; keep its first number alone": np.any(
+            getattr(m, "dof_dampingpoly", 0)
+        ),
         "dry friction (frictionloss); set it to 0 in the model of the controller": np.any(m.dof_frictionloss),
-        "tendons with springs or dampers": np.any(m.tendon_stiffness) or np.any(m.tendon_damping),
+        "tendons with springs, dampers, friction or inertia; leave them out": any(
+            np.any(getattr(m, f"tendon_{kind}", 0))
+            for kind in ("stiffness", "stiffnesspoly", "damping", "dampingpoly", "frictionloss", "armature")
+        ),
         "gravity compensation (gravcomp); set it to 0": np.any(m.body_gravcomp),
         "a fluid (density or viscosity of `option`); set both to 0": m.opt.density or m.opt.viscosity,
     }

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sartor.kkt import Expansion, with_bending
 from sartor.riccati import Trajectory, backsolve, factor
+from sartor.solution import Rows
 
 _MAX_ROUNDS = 6
 
@@ -38,11 +39,12 @@ class ActiveSet(NamedTuple):
     num_steps: Int[Array, ""]
 
 
-def solve_bounded(expansion: Expansion, delta: Array, low: Array, high: Array, skip: Array) -> ActiveSet:
+def solve_bounded(expansion: Expansion, exist: Rows, delta: Array, low: Array, high: Array, skip: Array) -> ActiveSet:
     """Solve the QP of an expansion whose only inequalities are bounds.
 
     Args:
-        expansion: The QP. `expansion.rows.u_min` is u_min - u, negative inside; -1 where there is no bound.
+        expansion: The QP; `expansion.rows.u_min` is u_min - u.
+        exist: Which bounds there are, from `kkt.bounded`.
         delta: Multiple of the identity added to its Hessian.
         low: Controls at u_min to begin with, (N, nu).
         high: Controls at u_max.
@@ -68,8 +70,8 @@ def solve_bounded(expansion: Expansion, delta: Array, low: Array, high: Array, s
         us = jnp.where(held, fixed, z.us)
         slope = lq.r + jnp.einsum("kuv,kv->ku", lq.R, us) + jnp.einsum("kux,kx->ku", lq.S, z.xs[:-1])
         slope = slope + jnp.einsum("kxu,kx->ku", lq.B, z.lams[1:])
-        low = _bounded(to_low, -1.0) & jnp.where(state.low, slope > 0, us < to_low)
-        high = _bounded(to_high, 1.0) & jnp.where(state.high, slope < 0, us > to_high)
+        low = exist.u_min & jnp.where(state.low, slope > 0, us < to_low)
+        high = exist.u_max & jnp.where(state.high, slope < 0, us > to_high)
         settled = jnp.all(low == state.low) & jnp.all(high == state.high)
         mu_low, mu_high = jnp.where(state.low, slope, 0.0), jnp.where(state.high, -slope, 0.0)
         return ActiveSet(
@@ -81,7 +83,3 @@ def solve_bounded(expansion: Expansion, delta: Array, low: Array, high: Array, s
     begin = ActiveSet(low, high, nothing, zero, zero, jnp.zeros_like(lq.S), no, yes, jnp.asarray(0))
     going = lambda state: ~state.settled & state.regular & (state.num_steps < _MAX_ROUNDS) & ~skip
     return jax.lax.while_loop(going, round, begin)
-
-
-def _bounded(distance: Array, missing: float) -> Array:
-    return distance != missing

@@ -110,7 +110,7 @@ class SQP(AbstractSolver):
             qp = solve_qp(expansion, rules, start, tau, deltas, self.max_inner_steps, unroll, settled)
         else:
             low, high = (getattr(state.point.mus, b) > getattr(state.point.slacks, b) for b in ("u_min", "u_max"))
-            quick = solve_bounded(expansion, deltas[0], low, high, settled)
+            quick = solve_bounded(expansion, kkt.bounded(problem), deltas[0], low, high, settled)
             found = quick.settled & quick.regular
             qp = solve_qp(expansion, rules, start, tau, deltas, self.max_inner_steps, unroll, settled | found)
             qp = jax.tree.map(lambda a, b: jnp.where(found, a, b), _as_interior(expansion, rules, quick, qp), qp)

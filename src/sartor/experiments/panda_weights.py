@@ -1,0 +1,115 @@
+"""The weightings that the Panda experiment compares, from labels and the statistics of the data."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sartor.models.base import AbstractModel
+from sartor.systems import panda
+from sartor.train import Windows, losses, rollout_loss
+from sartor.weights import (
+    Elementwise,
+    States,
+    Weights,
+    constant,
+    from_factors,
+    from_labels,
+    mix,
+    per_environment,
+    scaled,
+)
+
+Weighting = Literal[
+    "ones", "stand", "norm", "mpc_cost", "ours", "ours_avg", "ours_shuffled", "stand_env", "regret", "regret_env",
+    "closed_loop", "closed_loop_env",
+]  # fmt: skip
+NEEDS_LABELS = ("ours", "ours_avg", "ours_shuffled", "regret", "regret_env", "closed_loop", "closed_loop_env")
+
+
+def weights(
+    method: str, samples: Windows, labels: dict[str, np.ndarray], model: AbstractModel, num_steps: int, states: States,
+    share: float = 0.0, seed: int = 0,
+) -> Weights:  # fmt: skip
+    """Weights of some samples.
+
+    Args:
+        method: A `Weighting`.
+        samples: The samples.
+        labels: Arrays of their labels, as `labelled` writes them, with `S_closed_loop`.
+        model: The model before training, which the `_env` methods measure environments with.
+        num_steps: p.
+        states: Which states count.
+        share: Of the uniform loss (`stand`) that is mixed in.
+        seed: Of the permutation of `ours_shuffled`.
+    """
+    name, robust = method.removesuffix("_env"), method.endswith("_env")
+    uniform = constant(1.0 / samples.xs.std((0, 1)), samples.size, num_steps, states)
+    if name in ("ones", "stand", "norm", "mpc_cost"):
+        found: Weights = constant(_per_state(name, samples), samples.size, num_steps, states)
+    elif name == "regret":
+        found = from_factors(_regret_factors(labels), num_steps, states)
+    else:
+        S = labels["S_closed_loop"] if name == "closed_loop" else labels["S"]
+        if name == "ours_avg":
+            S = np.broadcast_to(S.mean(0), S.shape)
+        elif name == "ours_shuffled":
+            S = S[np.random.default_rng(seed).permutation(len(S))]
+        found = from_labels(S, num_steps, states)
+    if share > 0.0 and isinstance(found, Elementwise):
+        found = mix(found, uniform, share)
+    if robust:
+        before = losses(rollout_loss_of(panda.DT), model, (samples, uniform))
+        found = scaled(found, per_environment(before, samples.environment))
+    return found
+
+
+def closed_loop_labels(labels: dict[str, np.ndarray], xs: np.ndarray, refs: np.ndarray) -> np.ndarray:
+    """|dJ/du_t · du_0/de| with the gradient of the recorded closed-loop cost instead of the MPC's own curvature.
+
+    A backward pass along each executed run, with the model's Jacobians A, B and the controller's feedback
+    K = du_0/dx_0 (what the controller remembers is left out):
+
+        g_t = B_tᵀ p_{t+1},   p_t = 2 Q (x_t - r_t) + A_tᵀ p_{t+1} + K_tᵀ g_t,   p_T = 2 Q (x_T - r_T)
+
+    Args:
+        labels: Labels of consecutive steps of runs, as `labelled` writes them, run after run.
+        xs: The states that they belong to, (B, 14).
+        refs: The reference there.
+    """
+    Q, S = np.asarray(panda.WEIGHTS), np.empty_like(labels["S"])
+    slope = 2.0 * Q * (xs - refs)
+    for run in np.unique(labels["run"]):
+        which = np.flatnonzero(labels["run"] == run)
+        p = np.zeros(14)
+        for i in which[np.argsort(-labels["step"][which])]:
+            K = np.nan_to_num(labels["du0_dx0"][i]) if not labels["ok"][i] else labels["du0_dx0"][i]
+            g = labels["B"][i].T @ p
+            p = slope[i] + labels["A"][i].T @ p + K.T @ g
+            S[i] = np.abs(np.einsum("j,jkx->kx", g, labels["du0_de"][i]))
+    return S
+
+
+def rollout_loss_of(dt: float) -> Any:
+    """`rollout_loss` with its control step, equal for equal ones."""
+    import equinox as eqx
+
+    return eqx.Partial(rollout_loss, dt)
+
+
+def _per_state(name: str, samples: Windows) -> np.ndarray:
+    x = samples.xs.reshape(-1, samples.xs.shape[-1])
+    return {
+        "ones": np.ones(x.shape[-1]),
+        "stand": 1.0 / x.std(0),
+        "norm": 1.0 / (x.max(0) - x.min(0)),
+        "mpc_cost": np.sqrt(np.asarray(panda.WEIGHTS)),
+    }[name]
+
+
+def _regret_factors(labels: dict[str, np.ndarray]) -> np.ndarray:
+    """Λ^{1/2} du_0/de of each sample (D10)."""
+    values, vectors = np.linalg.eigh(labels["Lambda"].astype(float))
+    root = np.einsum("bij,bj,bkj->bik", vectors, np.sqrt(np.maximum(values, 0.0)), vectors)
+    return np.asarray(jax.vmap(lambda r, s: jnp.einsum("ij,jkx->ikx", r, s))(root, labels["du0_de"]))

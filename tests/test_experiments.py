@@ -1,0 +1,79 @@
+"""The Panda experiment end to end on its smoke preset: every file that the report reads, and resuming."""
+
+import json
+
+import pyarrow.parquet as pq
+import pytest
+
+from sartor import report_panda
+from sartor.experiments import panda
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("panda")
+    phases = {}
+    panda.run(
+        panda.Config(preset="smoke", workers=0), out, lambda phase, done, total: phases.update({phase: done / total})
+    )
+    return out, phases
+
+
+def test_every_phase_reaches_its_end(finished):
+    _, phases = finished
+    assert set(phases) == {"collect", "pretrain", "drive", "label", "fine-tune", "test"}
+    assert all(share == 1.0 for share in phases.values())
+
+
+def test_evaluations_hold_every_arm_and_environment(finished):
+    out, _ = finished
+    rows = pq.read_table(out / "evaluations.parquet").to_pylist()
+    config = panda.Config(preset="smoke").resolved()
+    methods = {row["method"] for row in rows}
+    assert methods == {"nominal", "oracle", "oracle_damping", "pretrained", *config.weightings}
+    assert len(rows) == len(methods) * config.tests
+    assert all(row["J"] > 0 and row["failed"] == 0 for row in rows)
+
+
+def test_labels_are_counted_and_explained(finished):
+    out, _ = finished
+    labels = json.loads((out / "labels.json").read_text())["0"]
+    assert labels["ours"]["failed"] == 0 and labels["ours"]["samples"] > 0
+    assert 0.0 < labels["ours"]["explained"] <= 1.0
+
+
+def test_report_is_one_page(finished):
+    out, _ = finished
+    page = report_panda.page(out)
+    assert "stand" in page.read_text() and "http" not in page.read_text().split("<body>")[-1].replace("http-equiv", "")
+
+
+def test_a_finished_run_does_nothing_again_and_a_torn_one_gives_the_same_numbers(finished):
+    out, _ = finished
+    before = pq.read_table(out / "evaluations.parquet")
+    for lost in ("models/ours-p2-m0-s0-r1.npz", "tests/ours-p2-m0-s0-r1.json", "evaluations.parquet"):
+        (out / lost).unlink()
+    others = {path: path.stat().st_mtime_ns for path in (out / "models").glob("pretrained-*.npz")}
+    panda.run(panda.Config(preset="smoke", workers=0), out)
+    assert pq.read_table(out / "evaluations.parquet").equals(before)
+    assert all(path.stat().st_mtime_ns == then for path, then in others.items())
+
+
+def test_another_run_in_the_same_folder_is_refused(finished):
+    out, _ = finished
+    with pytest.raises(ValueError, match="other settings .*seeds"):
+        panda.run(panda.Config(preset="smoke", seeds=2, workers=0), out)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"rollouts": (13,)}, "rollouts must lie in 1..12"),
+        ({"tests": 21}, "tests must be at most 20"),
+        ({"weightings": ("ours",)}, "must contain 'stand'"),
+        ({"seeds": -1}, "seeds must be at least 0"),
+    ],
+)
+def test_wrong_settings_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        panda.Config(**fields)
