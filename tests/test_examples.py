@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+EXAMPLES = [path for path in sorted((ROOT / "examples").glob("*.py")) if path.stem != "tailor_your_own"]  # see below
 
 
 def test_readme_shows_the_twenty_lines():
@@ -25,3 +25,12 @@ def test_twenty_lines_give_first_controls_within_their_bounds(capsys):
     runpy.run_path(str(ROOT / "examples" / "twenty_lines.py"), run_name="__main__")
     first = [float(text) for text in re.findall(r"-?\d+\.\d*", capsys.readouterr().out)][:3]
     assert all(-1.0 - 1e-6 <= u < 0.0 for u in first) and first[1] < -0.99
+
+
+@pytest.mark.slow
+def test_a_tailored_model_tracks_better(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(ROOT / "examples" / "tailor_your_own.py"), run_name="__main__")
+    before, after = map(float, re.findall(r"error (\S+) rad before, (\S+) after", capsys.readouterr().out)[0])
+    assert after < 0.5 * before
+    assert (tmp_path / "tailored.npz").exists()

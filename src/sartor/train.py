@@ -73,6 +73,11 @@ class Config:
     """Of AdamW."""
     seed: int = 0
     """Of the order of the samples and of the noise, which do not depend on the weights."""
+    anchor: float = 0.0
+    """Weight of the inverse-dynamics loss beside that of the rollouts, both relative to their values at the start.
+    Rollouts alone shrink what torques are predicted to do wherever the context errs, as any regression on noisy
+    inputs does: the inertia grows, and the controller becomes unstable. With torques as output there is no such bias.
+    """
     noise: tuple[float, ...] = ()
     """Standard deviations (3n,) of noise on every row of the histories, fresh in every step; () for none. It keeps the
     context from following single rows, through which the controller would otherwise feed back on itself."""
@@ -134,6 +139,23 @@ def rollout_loss(dt: float, model: AbstractModel, batch: tuple[Windows, Weights]
     return weights.loss(errors)
 
 
+def inverse_loss(dt: float, model: AbstractModel, batch: tuple[Windows, Weights]) -> Float[Array, " B"]:
+    """Σ_j (u - torque(q̄, q̇̄, q̈, z))_j² over the first interval of each sample, with q̄, q̇̄, q̈ as in (D13) [Nm²]."""
+    sample, _ = batch
+    n = model.body.nq
+
+    def error(x, u, x_next, past):
+        middle, qdd = 0.5 * (x + x_next), (x_next[n:] - x[n:]) / dt
+        return u - model.torque(middle[:n], middle[n:], qdd, model.context(past))
+
+    ahead: Any = (sample.x0, sample.us[:, 0], sample.xs[:, 0], sample.history)
+    return jnp.sum(jax.vmap(error)(*ahead) ** 2, -1)
+
+
+def _anchored_loss(dt: float, scales: Array, model: AbstractModel, batch: tuple[Windows, Weights]) -> Array:
+    return scales[0] * rollout_loss(dt, model, batch) + scales[1] * inverse_loss(dt, model, batch)
+
+
 def fit(
     model: AbstractModel,
     samples: Windows,
@@ -170,6 +192,9 @@ def fit(
     if num_steps > samples.us.shape[1]:
         raise ValueError(f"weights have {num_steps} steps, but the samples only {samples.us.shape[1]}: cut longer.")
     loss = eqx.Partial(rollout_loss, dt)
+    if config.anchor > 0.0:
+        sizes = [mean_loss(eqx.Partial(fn, dt), model, (samples, weights)) for fn in (rollout_loss, inverse_loss)]
+        loss = eqx.Partial(_anchored_loss, dt, jnp.asarray([1.0 / sizes[0], config.anchor / sizes[1]], _dtype(model)))
     return optimise(loss, model, (samples, weights), config, validation, checkpoint, monitor, after_epoch)
 
 

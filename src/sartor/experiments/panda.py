@@ -83,6 +83,8 @@ class Config:
     """Passes over those data."""
     pretrain_stride: int = 2
     """Every so many samples of them are used."""
+    anchor: float = 1.0
+    """Weight of the inverse-dynamics loss in fine-tuning; 0 for rollouts alone, as published."""
     noise: float = 0.3
     """Noise on the histories in training, in units of the published one."""
     pretrain_batch: int = 256
@@ -216,26 +218,32 @@ def _collect_and_label(config: Config, out: Path, workers: Workers, number: int)
     for source in _sources(config, number):
         model = out / "models" / f"{source}.npz"
         runs = stages.runs("finetune", 0, config.finetune_payloads, config.steps, offset=number)
-        parts = np.array_split(np.arange(config.finetune_payloads), max(1, config.finetune_payloads // 10))
+        parts = _parts(config.finetune_payloads)
         files = [out / "data" / f"{source}-{number}-{i}.npz" for i in range(len(parts))]
         for file, part in zip(files, parts, strict=True):
             chosen = stages.Runs([runs.payloads[j] for j in part], runs.refs[part])
             drives.append(Job(file, collect_job, (chosen, model, config, number)))
         if number == 1 and config.kept:
-            kept = out / "data" / f"{source}-1-kept.npz"
-            drives.append(Job(kept, keep_job, (sorted((out / "parts").glob("excite-*.npz")), config.kept)))
-            files.append(kept)
+            excited = sorted((out / "parts").glob("excite-*.npz"))
+            for i, part in enumerate(_parts(config.kept)):
+                files.append(out / "data" / f"{source}-1-kept{i}.npz")
+                drives.append(Job(files[-1], keep_job, (excited, part, config.kept)))
         labels += [Job(out / "labels" / file.name, label_job, (file, model, config)) for file in files]
     workers.run("drive", drives)
     if _needs_labels(config):
         workers.run("label", labels)
 
 
-def keep_job(output: Path, files: list[Path], count: int, monitor: Any) -> None:
-    """Job: runs of the data for pretraining, spread over the payloads."""
+def _parts(count: int) -> list[np.ndarray]:
+    """Runs, some ten at a time: what a job takes in less than a minute."""
+    return np.array_split(np.arange(count), max(1, count // 10))
+
+
+def keep_job(output: Path, files: list[Path], part: np.ndarray, count: int, monitor: Any) -> None:
+    """Job: some of `count` runs of the data for pretraining, spread over the payloads."""
     stored = [load_arrays(file) for file in files]
     whole = {name: np.concatenate([part[name] for part in stored]) for name in stored[0]}
-    chosen = np.linspace(0, len(whole["xs"]) - 1, min(count, len(whole["xs"]))).astype(int)
+    chosen = np.linspace(0, len(whole["xs"]) - 1, count).astype(int)[part]
     save_arrays(output, **{name: value[chosen] for name, value in whole.items()})
 
 
@@ -281,7 +289,10 @@ def finetune_job(output: Path, start: Path, files: tuple[Path, ...], cell: Cell,
         cell.method, samples.take(which), {name: value[which] for name, value in labels.items()}, model, cell.p,
         config.states, config.share, cell.seed,
     )  # fmt: skip
-    training = Training(config.epochs, config.batch, config.learning_rate, 0.0, cell.seed, stages.history_noise(config))
+    training = Training(
+        config.epochs, config.batch, config.learning_rate, seed=cell.seed, anchor=config.anchor,
+        noise=stages.history_noise(config),
+    )  # fmt: skip
     validation = (samples.take(held_out), loss_weights(held_out)) if held_out.any() else None
     stages.tailored(output, start, samples.take(~held_out), loss_weights(~held_out), validation, training, monitor)
 

@@ -112,8 +112,9 @@ def pretrained(output: Path, logs: list[Log], config: Any, seed: int, monitor: A
     samples = torque_samples(logs, model, config.pretrain_stride)
     held_out = np.random.default_rng(0).permutation(len(samples.q)) < len(samples.q) // 10
     training = Training(
-        config.pretrain_epochs, config.pretrain_batch, config.pretrain_rate, 1e-4, seed, history_noise(config)
-    )
+        config.pretrain_epochs, config.pretrain_batch, config.pretrain_rate, weight_decay=1e-4, seed=seed,
+        noise=history_noise(config),
+    )  # fmt: skip
     parts = [TorqueSamples(*(field[which] for field in samples)) for which in (~held_out, held_out)]
     checkpoint = output.with_suffix(".checkpoint")
     model, curve = pretrain(

@@ -33,7 +33,13 @@ def _rk4_step(ode: Callable, dt: float, x: Array, u: Array, k: int | Array, thet
     def stage(carry, coefficients):
         x_next, s = carry
         place, weight = coefficients
-        s = ode(x + place * dt * s, u, theta)
+        at = x + place * dt * s
+        # XLA moves what stays the same out of a loop, several times over if it is written so, and then no longer sees
+        # what the remaining expressions share. A barrier behind x (one for each leaf, so that only leaves with
+        # tangents get any) keeps all in the loop; the values are the same.
+        anchor = jax.lax.stop_gradient(at)
+        held = lambda leaf: jax.lax.optimization_barrier((leaf, anchor))[0] if eqx.is_array(leaf) else leaf
+        s = ode(at, u, jax.tree.map(held, theta))
         return (x_next + weight * dt * s, s), None
 
     places, weights = jnp.asarray([0.0, 0.5, 0.5, 1.0], x.dtype), jnp.asarray([1.0, 2.0, 2.0, 1.0], x.dtype) / 6.0

@@ -61,7 +61,7 @@ class Network(eqx.Module):
 
     def __init__(self, sizes: tuple[int, ...], key: Array):
         keys = jax.random.split(key, len(sizes) - 1)
-        self.layers = tuple(_xavier(*pair, k) for *pair, k in zip(sizes[:-1], sizes[1:], keys, strict=True))
+        self.layers = tuple(_xavier(m, n, k) for m, n, k in zip(sizes[:-1], sizes[1:], keys, strict=True))
 
     def __call__(self, a: Float[Array, " n_in"]) -> Float[Array, " n_out"]:
         """The output for the input a."""
@@ -151,14 +151,15 @@ def _residual(q: Array, qd: Array, qdd: Array, networks: tuple) -> Array:
 
 def _plain_residual(q: Array, qd: Array, qdd: Array, networks: tuple) -> Array:
     inertia, potential, z = networks
-    L, L_dot = jax.jvp(lambda q: _lower(_entries(inertia(_features(q, z)), q.shape[0])), (q,), (qd,))
-    v = L.T @ qd  # ½ q̇ᵀ H q̇ = ½ |v|²
-    momentum_rate = L @ (L.T @ qdd + L_dot.T @ qd) + L_dot @ v
-    slope = _column_weights(qd, v)  # of ½ |v|² in the entries of L
+    n = q.shape[0]
+    l, l_dot = jax.jvp(lambda q: _entries(inertia(_features(q, z)), n), (q,), (qd,))
+    v = _transposed_times(l, qd)  # ½ q̇ᵀ H q̇ = ½ |v|²
+    momentum_rate = _times(l, _transposed_times(l, qdd) + _transposed_times(l_dot, qd)) + _times(l_dot, v)
+    slope = _row(qd) * _column(v)  # of ½ |v|² in the entries of L
 
     def lagrangian(q):
         a = _features(q, z)
-        return _entries(inertia(a), q.shape[0]) @ slope - potential(a)[0]
+        return _entries(inertia(a), n) @ slope - potential(a)[0]
 
     return momentum_rate - jax.grad(lagrangian)(q)
 
@@ -166,40 +167,43 @@ def _plain_residual(q: Array, qd: Array, qdd: Array, networks: tuple) -> Array:
 @_residual.def_jvp
 def _residual_jvp(primals, tangents):
     q, qd, qdd, networks = primals
-    inertia, potential, z = networks
-    n = q.shape[0]
-    net = _expand(inertia.layers, q, qd, z, split=n)
-    L, dL, dL_dot = _lower(net.value), _lower(net.jacobian), _lower(net.rate)  # dL: ∂L/∂q_k at [..., k]
-    L_dot = dL @ qd
-    v, w = L.T @ qd, L_dot.T @ qd
-    dLT_qd = jnp.einsum("ijk,i->jk", dL, qd)
-    moved = jnp.einsum("ijk,j->ik", dL, v) + L @ dLT_qd  # ∂(H q̇)/∂q
-    energy = _expand(potential.layers, q, qd, z)
-    slope = _column_weights(qd, v)
-    bend = net.hessian(slope) - energy.hessian(jnp.ones(1, q.dtype))
-    accelerated = jnp.einsum("ijk,j->ik", dL, L.T @ qdd + w) + L @ jnp.einsum("ijk,i->jk", dL, qdd)
-    transported = jnp.einsum("ijk,j->ik", dL_dot, v) + L_dot @ dLT_qd + L @ jnp.einsum("ijk,i->jk", dL_dot, qd)
-    H_dot = L_dot @ L.T
-    partials = (
-        accelerated + transported - dLT_qd.T @ dLT_qd - bend,
-        H_dot + H_dot.T + moved - moved.T,
-        L @ L.T,
-    )
-    value = L @ (L.T @ qdd + w) + L_dot @ v - (slope @ net.jacobian - energy.jacobian[0])
-    tangent = sum(J @ d for J, d in zip(partials, tangents[:3], strict=True) if d is not None)
+    partials = _partials(q, qd, qdd, networks)
+    tangent = sum(d @ J for J, d in zip(partials, tangents[:3], strict=True) if d is not None)
     perturbed, fixed = eqx.partition(networks, jax.tree.map(lambda d: d is not None, tangents[3], is_leaf=_is_none))
     if jax.tree.leaves(perturbed):
         fn = lambda part: _plain_residual(q, qd, qdd, eqx.combine(part, fixed))
         tangent = tangent + jax.jvp(fn, (perturbed,), (tangents[3],))[1]
-    return value, tangent
+    return _residual(q, qd, qdd, networks), tangent
+
+
+def _partials(q: Array, qd: Array, qdd: Array, networks: tuple) -> tuple[Array, Array, Array]:
+    """Derivatives of (D14) in q, q̇, q̈, transposed: row k is ∂/∂q_k. With l the entries of L and Lᵀq̇ = v,
+
+    ∂(H q̇)/∂q_k = L_k v + L (L_kᵀ q̇),   L_k = ∂L/∂q_k.
+    """
+    inertia, potential, z = networks
+    net, energy = _expand(inertia.layers, q, qd, z, split=q.shape[0]), _expand(potential.layers, q, qd, z)
+    l, J, E = net.value, net.jacobian, net.rate
+    l_dot = qd @ J
+    v, J_qd = _transposed_times(l, qd), _transposed_times(J, qd)
+    force = _transposed_times(l, qdd) + _transposed_times(l_dot, qd)
+    pull = _transposed_times(J, qdd) + _transposed_times(E, qd)
+    # Sums of L x over several pairs (L, x): only the entries of each.
+    moved = _row_sums(J * _column(v) + l * _column(J_qd))
+    forced = _row_sums(J * _column(force) + l * _column(pull) + E * _column(v) + l_dot * _column(J_qd))
+    bend = net.hessian(_row(qd) * _column(v)) - energy.hessian(jnp.ones(1, q.dtype))
+    L, L_dot = _lower(l), _lower(l_dot)
+    H_dot = L_dot @ L.T
+    return forced - J_qd @ J_qd.T - bend, H_dot + H_dot.T + moved - moved.T, L @ L.T
 
 
 class _Expansion(NamedTuple):
     """A network of (cos q, sin q, z) to second order in q."""
 
     value: Float[Array, " m"]
-    jacobian: Float[Array, "m n"]
-    rate: Float[Array, "m n"]
+    jacobian: Float[Array, "n m"]
+    """Transposed: row k is the derivative in q_k."""
+    rate: Float[Array, "n m"]
     """Derivative of the Jacobian along q̇."""
     hessian: Callable
     """hessian(c): that of c · value in q, (n, n)."""
@@ -209,14 +213,17 @@ def _expand(layers: tuple, q: Array, qd: Array, z: Array, split: int = 0) -> _Ex
     """Value and derivatives, layer by layer; the first `split` outputs pass the softplus of `_entries`.
 
     A layer t = W h + b, h' = s(t) has  J' = s' ∘ (W J)  and, along q̇,  Ė' = s'' ∘ (W J q̇) ∘ (W J) + s' ∘ (W Ė).
+    Rows belong to joints, so that products with W are one product for a whole batch.
     """
-    cos, sin, still = jnp.cos(q), jnp.sin(q), jnp.zeros((z.shape[0], q.shape[0]), q.dtype)
-    h = jnp.concatenate([cos, sin, z])
-    J = jnp.concatenate([-jnp.diag(sin), jnp.diag(cos), still])
-    E = jnp.concatenate([-jnp.diag(cos * qd), -jnp.diag(sin * qd), still])
-    seen = []
+    n, cos, sin = q.shape[0], jnp.cos(q), jnp.sin(q)
+    h, seen = jnp.concatenate([cos, sin, z]), []
+    in_cos, in_sin = layers[0].weight[:, :n].T, layers[0].weight[:, n : 2 * n].T
+    J = cos[:, None] * in_sin - sin[:, None] * in_cos
+    E = -qd[:, None] * (cos[:, None] * in_cos + sin[:, None] * in_sin)
     for i, layer in enumerate(layers):
-        h, J, E = layer(h), layer.weight @ J, layer.weight @ E
+        h = layer(h)
+        if i > 0:
+            J, E = J @ layer.weight.T, E @ layer.weight.T
         if i < len(layers) - 1:
             h = jnp.tanh(h)
             first = 1.0 - h * h
@@ -230,15 +237,14 @@ def _expand(layers: tuple, q: Array, qd: Array, z: Array, split: int = 0) -> _Ex
         else:
             first, second = jnp.ones_like(h), jnp.zeros_like(h)
         seen.append((layer.weight, J, first, second))
-        J, E = first[:, None] * J, (second * (J @ qd))[:, None] * J + first[:, None] * E
+        J, E = first * J, second * (qd @ J) * J + first * E
 
     def hessian(c: Array) -> Array:
-        H = jnp.zeros((q.shape[0], q.shape[0]), q.dtype)
+        H = jnp.zeros((n, n), q.dtype)
         for weight, before, first, second in reversed(seen):
-            H = H + before.T @ ((c * second)[:, None] * before)
+            H = H + (c * second * before) @ before.T
             c = (c * first) @ weight
-        n = q.shape[0]
-        return H - jnp.diag(c[:n] * cos + c[n : 2 * n] * sin)
+        return H - jnp.asarray(np.eye(n), q.dtype) * (c[:n] * cos + c[n : 2 * n] * sin)
 
     return _Expansion(h, J, E, hessian)
 
@@ -249,29 +255,47 @@ def _entries(y: Array, n: int) -> Array:
 
 
 def _lower(entries: Array) -> Array:
-    """L (n, n, ...) from its entries (m, ...)."""
-    n = int(np.sqrt(2 * entries.shape[0]))
-    mask = np.tri(n, dtype=bool).reshape((n, n) + (1,) * (entries.ndim - 1))
-    return jnp.where(mask, entries[_places(n)], 0.0)
+    """L (n, n) from its entries (m,)."""
+    rows, columns = _places(entries.shape[0])
+    return (entries[:, None] * jnp.asarray(rows, entries.dtype)).T @ jnp.asarray(columns, entries.dtype)
 
 
-def _column_weights(qd: Array, v: Array) -> Array:
-    """∂(½ |Lᵀq̇|²)/∂entries, with v = Lᵀq̇."""
-    n = qd.shape[0]
-    rows, columns = (np.concatenate([np.arange(n), part]) for part in np.tril_indices(n, -1))
-    return qd[rows] * v[columns]
+def _times(entries: Array, x: Array) -> Array:
+    """L x."""
+    return _row_sums(entries * _column(x))
+
+
+def _transposed_times(entries: Array, x: Array) -> Array:
+    """Lᵀ x."""
+    return entries * _row(x) @ jnp.asarray(_places(entries.shape[-1])[1], entries.dtype)
+
+
+def _row_sums(entries: Array) -> Array:
+    return entries @ jnp.asarray(_places(entries.shape[-1])[0], entries.dtype)
+
+
+def _row(x: Array) -> Array:
+    """x_i for each entry L_ij."""
+    n = x.shape[-1]
+    return x @ jnp.asarray(_places(n * (n + 1) // 2)[0].T, x.dtype)
+
+
+def _column(x: Array) -> Array:
+    """x_j for each entry L_ij."""
+    n = x.shape[-1]
+    return x @ jnp.asarray(_places(n * (n + 1) // 2)[1].T, x.dtype)
 
 
 def _features(q: Array, z: Array) -> Array:
     return jnp.concatenate([jnp.cos(q), jnp.sin(q), z])
 
 
-def _places(n: int) -> np.ndarray:
-    """Index of each entry of L in the output of the network."""
-    places = np.zeros((n, n), int)
-    places[np.diag_indices(n)] = np.arange(n)
-    places[np.tril_indices(n, -1)] = np.arange(n, n * (n + 1) // 2)
-    return places
+def _places(m: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column of each of the m entries of L, as 0/1 matrices (m, n)."""
+    n = int(np.sqrt(2 * m))
+    one_hot = lambda part: np.eye(n)[np.concatenate([np.arange(n), part])]
+    rows, columns = np.tril_indices(n, -1)
+    return one_hot(rows), one_hot(columns)
 
 
 def _xavier(num_in: int, num_out: int, key: Array) -> eqx.nn.Linear:

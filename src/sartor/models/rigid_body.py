@@ -13,6 +13,10 @@ References: Featherstone, Rigid Body Dynamics Algorithms, 2008, chapters 5 and 6
 Analytical Derivatives of Rigid-Body Dynamics Using Spatial Vector Algebra, 2022, for the derivatives.
 """
 
+from collections.abc import Callable
+
+# MuJoCo is compiled and has no type stubs.
+# pyright: reportAttributeAccessIssue=false
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,7 +110,7 @@ def from_mujoco(mj_model: mujoco.MjModel) -> RigidBody:
     rotations, positions = (np.array([getattr(link, name) for link in links]) for name in ("R", "p"))
     for i, (link, q0) in enumerate(zip(links, mj_model.qpos0, strict=True)):
         positions[i] = positions[i] - link.slide * rotations[i] @ axes[i] * q0
-        rotations[i] = rotations[i] if link.slide else rotations[i] @ _turn(axes[i], -q0)
+        rotations[i] = rotations[i] if link.slide else rotations[i] @ _axis_angle(axes[i], -q0)
     arrays = (axes, positions, rotations, [place_of[b][0] for b in bodies], masses, coms, inertias)
     return RigidBody(
         tuple(link.name for link in links),
@@ -140,27 +144,21 @@ def inverse_dynamics(
 @inverse_dynamics.def_jvp
 def _inverse_dynamics_jvp(primals, tangents):
     body, q, qd, qdd = primals
-    motion = _move(body, q, qd, qdd)
-    forces = _forces(body, motion)
-    tau = _own_axis(motion.S, forces.total) + body.armatures * qdd + body.dampings * qd
-    partials = _partials(body, motion, forces)
+    partials = _partials(body, _move(body, q, qd, qdd))
     dtau = sum(J @ d for J, d in zip(partials, tangents[1:], strict=True) if d is not None)
     perturbed, fixed = eqx.partition(body, jax.tree.map(lambda d: d is not None, tangents[0], is_leaf=_is_none))
     if jax.tree.leaves(perturbed):
         fn = lambda part: _torques(eqx.combine(part, fixed), q, qd, qdd)
         dtau = dtau + jax.jvp(fn, (perturbed,), (tangents[0],))[1]
-    return tau, dtau
+    return inverse_dynamics(body, q, qd, qdd), dtau
 
 
 def mass_matrix(body: RigidBody, q: Float[Array, " n"]) -> Float[Array, "n n"]:
     """M(q) of (D11), symmetric positive definite, armature included [kg m²]."""
-    S, (m, h, I), _, _ = _kinematics(body, q)
-    n = body.nq
-    sums = _subtree(body, jnp.concatenate([m[:, None], h, I.reshape(n, 9)], -1))
-    reaction = _Inertia(sums[:, 0], sums[:, 1:4], sums[:, 4:].reshape(n, 3, 3)).times(S)
-    below = _ancestors(body)
-    table = jnp.where(below, reaction @ S.T, jnp.where(below.T, S @ reaction.T, 0.0))
-    return table + jnp.diag(body.armatures)
+    S, inertia, _, _ = _kinematics(body, q)
+    reaction = _subtree(body, inertia).times(S)
+    (table,) = _products(reaction, [S])
+    return _table(body, table, table.T) + _eye(body) * body.armatures
 
 
 def forward_dynamics(
@@ -176,6 +174,7 @@ def forward_dynamics(
 def frame_positions(body: RigidBody, q: Float[Array, " n"]) -> dict[str, Float[Array, "3"]]:
     """Origin of every moving body of the file in the world [m]."""
     _, _, R, p = _kinematics(body, q)
+    R, p = jnp.stack([jnp.stack(column, -1) for column in R], -1), jnp.stack(p, -1)
     return {
         name: p[link] + R[link] @ offset for (name, link), offset in zip(body.frames, body.frame_offsets, strict=True)
     }
@@ -190,14 +189,14 @@ def solve_acceleration(
     Gradients: implicit, dq̈ = M⁻¹ (dτ - ∂inverse · (dbody, dq, dq̇)): one factorisation of M serves all of them, and
     the derivative of M is never needed. Both modes.
     """
-    return _accelerate(q, qd, tau, body, inverse, mass)[0]
+    return _solver(mass(body, q))(tau - inverse(body, q, qd, jnp.zeros_like(q)))
 
 
 @solve_acceleration.def_jvp
 def _solve_acceleration_jvp(primals, tangents, *, inverse, mass):
     q, qd, tau, body = primals
     dq, dqd, dtau, dbody = tangents
-    qdd, factor = _accelerate(q, qd, tau, body, inverse, mass)
+    qdd = solve_acceleration(q, qd, tau, body, inverse=inverse, mass=mass)
     moved = ((body, q, qd), (dbody, dq, dqd))
     perturbed, fixed = eqx.partition(moved[0], jax.tree.map(lambda d: d is not None, moved[1], is_leaf=_is_none))
     rest = jnp.zeros_like(qdd) if dtau is None else dtau
@@ -208,117 +207,204 @@ def _solve_acceleration_jvp(primals, tangents, *, inverse, mass):
             return inverse(body, q, qd, qdd)
 
         rest = rest - jax.jvp(torques, (perturbed,), (moved[1],))[1]
-    return qdd, jax.scipy.linalg.cho_solve(factor, rest)
+    return qdd, _solver(mass(body, q))(rest)
 
 
-def _accelerate(q: Array, qd: Array, tau: Array, body: Any, inverse: Any, mass: Any) -> tuple[Array, Any]:
-    factor = jax.scipy.linalg.cho_factor(mass(body, q), lower=True)
-    return jax.scipy.linalg.cho_solve(factor, tau - inverse(body, q, qd, jnp.zeros_like(q))), factor
+def _solver(M: Array) -> Callable:
+    """b -> M⁻¹ b for a symmetric positive definite M; NaN if it is not definite.
+
+    Gaussian elimination in a few whole-row operations for each row: in a batch of small matrices several times faster
+    than one library call for each.
+    """
+    n = M.shape[0]
+    rows, pivots = jnp.concatenate([jax.lax.stop_gradient(M), jnp.asarray(np.eye(n), M.dtype)], axis=1), []
+    for i in range(n):
+        pivots.append(rows[i : i + 1, i : i + 1])
+        below = (np.arange(n) > i)[:, None]
+        rows = jnp.where(below, rows - rows[:, i : i + 1] * (rows[i : i + 1] / pivots[i]), rows)
+    root = rows[:, n:] / jnp.sqrt(jnp.concatenate(pivots))  # M⁻¹ = rootᵀ root
+    solve = lambda _, b: root.T @ (root @ b)
+    return lambda b: jax.lax.custom_linear_solve(lambda x: M @ x, b, solve, symmetric=True)
+
+
+class _Vector(NamedTuple):
+    """A vector of each link, by components: arrays over the links compile to much faster code than arrays (n, 3)."""
+
+    x: Float[Array, " n"]
+    y: Float[Array, " n"]
+    z: Float[Array, " n"]
+
+
+_Matrix = tuple[_Vector, ...]  # (3, 3), by columns
+
+
+class _Spatial(NamedTuple):
+    """Angular and linear part of a motion, or moment and force."""
+
+    w: _Vector
+    v: _Vector
+
+
+class _Symmetric(NamedTuple):
+    """Symmetric matrices (3, 3)."""
+
+    xx: Float[Array, " n"]
+    yy: Float[Array, " n"]
+    zz: Float[Array, " n"]
+    xy: Float[Array, " n"]
+    xz: Float[Array, " n"]
+    yz: Float[Array, " n"]
+
+    def times(self, a: _Vector) -> _Vector:
+        return _Vector(
+            self.xx * a.x + self.xy * a.y + self.xz * a.z,
+            self.xy * a.x + self.yy * a.y + self.yz * a.z,
+            self.xz * a.x + self.yz * a.y + self.zz * a.z,
+        )
 
 
 class _Inertia(NamedTuple):
     """Spatial inertias at the origin of the world: mass, first moment m c, second moment."""
 
     m: Float[Array, " n"]
-    h: Float[Array, "n 3"]
-    I: Float[Array, "n 3 3"]
+    h: _Vector
+    I: _Symmetric
 
-    def times(self, X: Float[Array, "n 6"]) -> Float[Array, "n 6"]:
+    def times(self, X: _Spatial) -> _Spatial:
         """Momentum of a velocity, force of an acceleration."""
-        w, v = X[:, :3], X[:, 3:]
-        moment = jnp.sum(self.I * w[:, None, :], -1) + _cross(self.h, v)
-        return jnp.concatenate([moment, self.m[:, None] * v + _cross(w, self.h)], -1)
+        moment = _add(self.I.times(X.w), _cross(self.h, X.v))
+        return _Spatial(moment, _add(_scale(self.m, X.v), _cross(X.w, self.h)))
 
 
 class _Motion(NamedTuple):
-    """Axes, velocities and accelerations of the links; those of the link before each joint have `0`."""
+    """Axes, inertias, velocities and accelerations of the links; those of the link before each joint have `0`."""
 
-    S: Float[Array, "n 6"]
+    S: _Spatial
     inertia: _Inertia
-    V: Float[Array, "n 6"]
-    V0: Float[Array, "n 6"]
-    A: Float[Array, "n 6"]
-    A0: Float[Array, "n 6"]
-
-
-class _Forces(NamedTuple):
-    momentum: Float[Array, "n 6"]
-    total: Float[Array, "n 6"]
-    """Force that each joint passes on: the sum over its descendants."""
+    V: _Spatial
+    V0: _Spatial
+    A: _Spatial
+    A0: _Spatial
 
 
 def _torques(body: RigidBody, q: Array, qd: Array, qdd: Array) -> Array:
     motion = _move(body, q, qd, qdd)
-    return _own_axis(motion.S, _forces(body, motion).total) + body.armatures * qdd + body.dampings * qd
+    passed_on = _subtree(body, _forces(motion)[1])
+    return _dot(motion.S, passed_on) + body.armatures * qdd + body.dampings * qd
 
 
-def _kinematics(body: RigidBody, q: Array) -> tuple[Array, _Inertia, Array, Array]:
-    """S and I of the world, and rotation and origin of each link."""
+def _kinematics(body: RigidBody, q: Array) -> tuple[_Spatial, _Inertia, _Matrix, _Vector]:
+    """S and I of the world, and rotation (its columns) and origin of each link."""
     slides = np.array(body.slides)
-    angle = jnp.where(slides, 0.0, q)
-    K = _skew(body.axes)
-    turn = (
-        jnp.eye(3, dtype=q.dtype) + jnp.sin(angle)[:, None, None] * K + (1.0 - jnp.cos(angle))[:, None, None] * (K @ K)
-    )
-    step = jnp.einsum("nij,njk->nik", body.rotations, turn)
-    along = jnp.einsum("nij,nj->ni", body.rotations, body.axes)  # a turn leaves its axis where it is
-    shift = body.positions + jnp.where(slides, q, 0.0)[:, None] * along
-    rotations, origins, axes = [], [], []
-    for i, parent in enumerate(body.parents):
-        R0, p0 = (rotations[parent], origins[parent]) if parent >= 0 else (jnp.eye(3, dtype=q.dtype), 0.0)
-        rotations.append(R0 @ step[i])
-        origins.append(p0 + R0 @ shift[i])
-        axes.append(R0 @ along[i])
-    R, p, z = jnp.stack(rotations), jnp.stack(origins), jnp.stack(axes)
-    still = jnp.zeros_like(z)
-    S = jnp.where(slides[:, None], jnp.concatenate([still, z], -1), jnp.concatenate([z, _cross(p, z)], -1))
-    c = p + jnp.einsum("nij,nj->ni", R, body.coms)
-    spin = jnp.einsum("nij,njk,nlk->nil", R, body.inertias, R)
-    offset = jnp.sum(c * c, -1)[:, None, None] * jnp.eye(3, dtype=q.dtype) - c[:, :, None] * c[:, None, :]
-    m = body.masses
-    return S, _Inertia(m, m[:, None] * c, spin + m[:, None, None] * offset), R, p
+    angle, slide = jnp.where(slides, 0.0, q), jnp.where(slides, q, 0.0)
+    axis, frame = _vector(body.axes), [_vector(body.rotations[:, :, k]) for k in range(3)]
+    along = _turn(frame, axis)  # a turn leaves its axis where it is
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    R = []
+    for a, column in zip(axis, frame, strict=True):
+        fixed = _scale(a, along)
+        R.append(_add(fixed, _scale(cos, _sub(column, fixed)), _scale(sin, _cross(along, column))))
+    R, R0 = _chain(body, tuple(R))
+    p = _path(body, _turn(R0, _add(_vector(body.positions), _scale(slide, along))))
+    z = _turn(R0, along)
+    still = jax.tree.map(jnp.zeros_like, z)
+    pick = lambda a, b: jax.tree.map(lambda a, b: jnp.where(slides, a, b), a, b)
+    S = _Spatial(pick(still, z), pick(z, _cross(p, z)))
+    c = _add(p, _turn(R, _vector(body.coms)))
+    m, h = body.masses, _scale(body.masses, c)
+    spin = [_turn(R, _vector(body.inertias[:, :, k])) for k in range(3)]  # R I, then times Rᵀ
+    spread = lambda i, j: sum(column[i] * turned[j] for column, turned in zip(R, spin, strict=True)) - h[i] * c[j]
+    xx, yy, zz = (spread(i, i) + sum(a * b for a, b in zip(h, c, strict=True)) for i in range(3))
+    inertia = (h, _Symmetric(xx, yy, zz, spread(0, 1), spread(0, 2), spread(1, 2)))
+    return S, _Inertia(m, *_product(inertia, np.eye(body.nq))), R, p
+
+
+def _chain(body: RigidBody, R: _Matrix) -> tuple[_Matrix, _Matrix]:
+    """Rotations of the links and of their parents in the world, from those in the frame of the parent.
+
+    As many rounds as the depth of the tree has binary digits: each doubles the number of joints that R spans.
+    """
+    jump = np.array(body.parents)
+    while np.any(jump >= 0):
+        R, before = _and_those(jump, R)
+        R = tuple(_turn(before, column) for column in R)
+        jump = np.where(jump >= 0, jump[jump], -1)
+    return _and_those(np.array(body.parents), R)
+
+
+def _and_those(which: np.ndarray, R: _Matrix) -> tuple[_Matrix, _Matrix]:
+    """R, computed, and its entries of the given links; the identity for -1."""
+    n = len(which)
+    both = _product(R, np.concatenate([np.eye(n), which == np.arange(n)[:, None]], axis=1))
+    first = jnp.asarray(which < 0, both[0].x.dtype)
+    those = [[a[n:] + first if i == k else a[n:] for i, a in enumerate(column)] for k, column in enumerate(both)]
+    return jax.tree.map(lambda a: a[:n], both), tuple(_Vector(*column) for column in those)
 
 
 def _move(body: RigidBody, q: Array, qd: Array, qdd: Array) -> _Motion:
     S, inertia, _, _ = _kinematics(body, q)
-    Sqd = S * qd[:, None]
+    Sqd = _scale(qd, S)
     V = _path(body, Sqd)
-    A = _path(body, S * qdd[:, None] + _motion_cross(V, Sqd))
-    A = A + jnp.concatenate([jnp.zeros(3, q.dtype), -body.gravity.astype(q.dtype)])
-    return _Motion(S, inertia, V, V - Sqd, A, A - S * qdd[:, None] - _motion_cross(V, Sqd))
+    own = _add(_scale(qdd, S), _motion_cross(V, Sqd))
+    A = _path(body, own)
+    A = A._replace(v=_Vector(*(a - g for a, g in zip(A.v, body.gravity.astype(q.dtype), strict=True))))
+    return _Motion(S, inertia, V, _sub(V, Sqd), A, _sub(A, own))
 
 
-def _forces(body: RigidBody, motion: _Motion) -> _Forces:
+def _forces(motion: _Motion) -> tuple[_Spatial, _Spatial]:
+    """Momentum and rate of momentum of each link."""
     momentum = motion.inertia.times(motion.V)
-    return _Forces(momentum, _subtree(body, motion.inertia.times(motion.A) + _force_cross(motion.V, momentum)))
+    return momentum, _add(motion.inertia.times(motion.A), _force_cross(motion.V, momentum))
 
 
-def _partials(body: RigidBody, motion: _Motion, forces: _Forces) -> tuple[Array, Array, Array]:
+def _partials(body: RigidBody, motion: _Motion) -> tuple[Array, Array, Array]:
     """∂τ/∂q, ∂τ/∂q̇, ∂τ/∂q̈ (Singh et al., 2022), with B of a link ½((V ×*) I - I (V ×) + (I V) ×̄*) and its sum B^C."""
     S, inertia, V, V0, _, A0 = motion
     psi_dot, S_dot = _motion_cross(V0, S), _motion_cross(V, S)
-    psi_ddot = _motion_cross(A0, S) + _motion_cross(V0, psi_dot)
-    n = body.nq
-    # B has one block of its own, and -p × of the linear momentum p: all else cancels.
-    w, v, h = _skew(V[:, :3]), _skew(V[:, 3:]), _skew(inertia.h)
-    B = 0.5 * (w @ inertia.I - inertia.I @ w - v @ h - h @ v - _skew(forces.momentum[:, :3]))
-    packed = [inertia.m[:, None], inertia.h, inertia.I.reshape(n, 9), B.reshape(n, 9), forces.momentum[:, 3:]]
-    sums = _subtree(body, jnp.concatenate(packed, -1))
-    composite = _Inertia(sums[:, 0], sums[:, 1:4], sums[:, 4:13].reshape(n, 3, 3))
-    B, p = sums[:, 13:22].reshape(n, 3, 3), sums[:, 22:]
-    B_times = lambda X: jnp.concatenate([jnp.sum(B * X[:, None, :3], -1), _cross(X[:, :3], p)], -1)
-    S_B = jnp.sum(B * S[:, :3, None], 1) + _cross(p, S[:, 3:])
-    S_I = composite.times(S)
-    below = _ancestors(body)  # row i, column j: j is i or before it
-    above = below.T & ~np.eye(n, dtype=bool)
-    pull = _force_cross(S, forces.total)
-    q_above = 2.0 * B_times(psi_dot) + composite.times(psi_ddot) + pull
-    qd_above = 2.0 * B_times(S) + composite.times(psi_dot + S_dot)
-    table = lambda lower, upper: jnp.where(below, lower, jnp.where(above, upper, 0.0))
-    dq = table(2.0 * S_B @ psi_dot[:, :3].T + S_I @ psi_ddot.T, S @ q_above.T)
-    dqd = table(2.0 * S_B @ S[:, :3].T + S_I @ (psi_dot + S_dot).T, S @ qd_above.T)
-    dqdd = table(S_I @ S.T, S @ S_I.T)
-    return dq, dqd + jnp.diag(body.dampings), dqdd + jnp.diag(body.armatures)
+    psi_ddot = _add(_motion_cross(A0, S), _motion_cross(V0, psi_dot))
+    psi_mean = _add(psi_dot, S_dot)
+    momentum, force = _forces(motion)
+    # 2B has one block of its own, rate - momentum.w ×, and -2 momentum.v ×: all else cancels.
+    inertia, rate, momentum, force = _subtree(body, (inertia, _rate(inertia, V), momentum, force))
+    B_times = lambda X: _Spatial(_sub(rate.times(X.w), _cross(momentum.w, X.w)), _scale(2.0, _cross(X.w, momentum.v)))
+    S_B = _add(rate.times(S.w), _cross(momentum.w, S.w), _scale(2.0, _cross(momentum.v, S.v)))
+    S_I = inertia.times(S)
+    q_above = _add(B_times(psi_dot), inertia.times(psi_ddot), _force_cross(S, force))
+    qd_above = _add(B_times(S), inertia.times(psi_mean))
+    zero = jax.tree.map(jnp.zeros_like, S.w)
+    lower = _products((S_B, S_I), [(psi_dot.w, psi_ddot), (S.w, psi_mean), (zero, S)])
+    upper = _products(S, [q_above, qd_above, S_I])
+    dq, dqd, dqdd = (_table(body, *pair) for pair in zip(lower, upper, strict=True))
+    return dq, dqd + _eye(body) * body.dampings, dqdd + _eye(body) * body.armatures
+
+
+def _rate(inertia: _Inertia, V: _Spatial) -> _Symmetric:
+    """Rate of the second moment of a link that moves: ω× I - I ω× - v× h× - h× v×."""
+    (x, y, z), I, h, v = V.w, inertia.I, inertia.h, V.v
+    hv = sum(a * b for a, b in zip(h, v, strict=True))
+    return _Symmetric(
+        2.0 * (y * I.xz - z * I.xy + hv - h.x * v.x),
+        2.0 * (z * I.xy - x * I.yz + hv - h.y * v.y),
+        2.0 * (x * I.yz - y * I.xz + hv - h.z * v.z),
+        z * (I.xx - I.yy) + y * I.yz - x * I.xz - h.x * v.y - h.y * v.x,
+        y * (I.zz - I.xx) + x * I.xy - z * I.yz - h.x * v.z - h.z * v.x,
+        x * (I.yy - I.zz) + z * I.xz - y * I.xy - h.y * v.z - h.z * v.y,
+    )
+
+
+def _products(a: Any, bs: list) -> list[Array]:
+    """a_i · b_j at row i, column j, for each b."""
+    n = jax.tree.leaves(a)[0].shape[0]
+    rows = zip(*(jax.tree.leaves(b) for b in bs), strict=True)
+    right = jnp.stack([x for row in rows for x in row]).reshape(-1, len(bs) * n)
+    table = _stack(a).T @ right
+    return [table[:, k * n : (k + 1) * n] for k in range(len(bs))]
+
+
+def _table(body: RigidBody, lower: Array, upper: Array) -> Array:
+    """`lower` where the joint of the column is that of the row or before it, `upper` where it is behind."""
+    below = _ancestors(body)
+    return jnp.where(below, lower, jnp.where(below.T, upper, 0.0))
 
 
 def _ancestors(body: RigidBody) -> np.ndarray:
@@ -330,40 +416,69 @@ def _ancestors(body: RigidBody) -> np.ndarray:
     return table
 
 
-def _path(body: RigidBody, X: Array) -> Array:
+def _path(body: RigidBody, X: Any) -> Any:
     """Sum over each joint and those before it."""
-    return jnp.asarray(_ancestors(body), X.dtype) @ X
+    return _product(X, _ancestors(body).T)
 
 
-def _subtree(body: RigidBody, X: Array) -> Array:
+def _subtree(body: RigidBody, X: Any) -> Any:
     """Sum over each joint and those behind it."""
-    return jnp.asarray(_ancestors(body).T, X.dtype) @ X
+    return _product(X, _ancestors(body))
 
 
-def _own_axis(S: Array, f: Array) -> Array:
-    return jnp.sum(S * f, -1)
+def _product(X: Any, matrix: np.ndarray) -> Any:
+    """All components times one constant matrix, from the right."""
+    constant = jnp.asarray(matrix, jax.tree.leaves(X)[0].dtype)
+    if len(jax.tree.leaves(X)) < 9:  # XLA fuses a short stack, which is slower than a product for each component
+        return jax.tree.map(lambda x: x @ constant, X)
+    sums = _stack(X) @ constant
+    return jax.tree.unflatten(jax.tree.structure(X), [sums[i] for i in range(sums.shape[0])])
 
 
-def _cross(a: Array, b: Array) -> Array:
-    a1, a2, a3, b1, b2, b3 = (x[..., i] for x in (a, b) for i in range(3))
-    return jnp.stack([a2 * b3 - a3 * b2, a3 * b1 - a1 * b3, a1 * b2 - a2 * b1], -1)
+def _stack(X: Any) -> Array:
+    """Components first, (c, n)."""
+    return jnp.stack(jax.tree.leaves(X))
 
 
-def _skew(a: Array) -> Array:
-    x, y, z = (a[..., i] for i in range(3))
-    zero = jnp.zeros_like(x)
-    rows = [jnp.stack(row, -1) for row in ((zero, -z, y), (z, zero, -x), (-y, x, zero))]
-    return jnp.stack(rows, -2)
+def _eye(body: RigidBody) -> Array:
+    return jnp.asarray(np.eye(body.nq), body.armatures.dtype)
 
 
-def _motion_cross(V: Array, X: Array) -> Array:
-    w, v = V[..., :3], V[..., 3:]
-    return jnp.concatenate([_cross(w, X[..., :3]), _cross(w, X[..., 3:]) + _cross(v, X[..., :3])], -1)
+def _vector(a: Array) -> _Vector:
+    return _Vector(a[:, 0], a[:, 1], a[:, 2])
 
 
-def _force_cross(V: Array, f: Array) -> Array:
-    w, v = V[..., :3], V[..., 3:]
-    return jnp.concatenate([_cross(w, f[..., :3]) + _cross(v, f[..., 3:]), _cross(w, f[..., 3:])], -1)
+def _add(first: Any, *others: Any) -> Any:
+    return jax.tree.map(lambda *terms: sum(terms[1:], terms[0]), first, *others)
+
+
+def _sub(a: Any, b: Any) -> Any:
+    return jax.tree.map(jnp.subtract, a, b)
+
+
+def _scale(factor: Array | float, X: Any) -> Any:
+    return jax.tree.map(lambda x: factor * x, X)
+
+
+def _dot(a: _Spatial, b: _Spatial) -> Array:
+    return _add(*(x * y for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)))
+
+
+def _cross(a: _Vector, b: _Vector) -> _Vector:
+    return _Vector(a.y * b.z - a.z * b.y, a.z * b.x - a.x * b.z, a.x * b.y - a.y * b.x)
+
+
+def _turn(R: Any, a: _Vector) -> _Vector:
+    """R a, from the columns of R."""
+    return _add(*(_scale(component, column) for component, column in zip(a, R, strict=True)))
+
+
+def _motion_cross(V: _Spatial, X: _Spatial) -> _Spatial:
+    return _Spatial(_cross(V.w, X.w), _add(_cross(V.w, X.v), _cross(V.v, X.w)))
+
+
+def _force_cross(V: _Spatial, f: _Spatial) -> _Spatial:
+    return _Spatial(_add(_cross(V.w, f.w), _cross(V.v, f.v)), _cross(V.w, f.v))
 
 
 def _is_none(leaf: Any) -> bool:
@@ -385,7 +500,7 @@ def _rotation(quaternion: np.ndarray) -> np.ndarray:
     return R.reshape(3, 3)
 
 
-def _turn(axis: np.ndarray, angle: float) -> np.ndarray:
+def _axis_angle(axis: np.ndarray, angle: float) -> np.ndarray:
     quaternion = np.zeros(4)
     mujoco.mju_axisAngle2Quat(quaternion, axis, angle)
     return _rotation(quaternion)
