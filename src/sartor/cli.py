@@ -136,7 +136,7 @@ def _stored(folder: Path) -> Any:
     from sartor.files import read_json
 
     if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} holds no run: there is no config.json.")
+        raise ValueError(f"{folder} holds no finished run, nor one to resume: there is no config.json.")
     stored = read_json(folder / "config.json")
     kind = panda.Config if stored.get("experiment") == "panda" else closed_loop.Config
     known = {field.name for field in fields(kind)}

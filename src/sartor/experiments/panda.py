@@ -83,10 +83,10 @@ class Config:
     """Passes over those data."""
     pretrain_stride: int = 2
     """Every so many samples of them are used."""
-    anchor: float = 1.0
+    anchor: float = 4.0
     """Weight of the inverse-dynamics loss in fine-tuning; 0 for rollouts alone, as published."""
-    noise: float = 0.3
-    """Noise on the histories in training, in units of the published one."""
+    pretrain_noise: float = 0.3
+    """Noise on the histories in pretraining, in units of the published one."""
     pretrain_batch: int = 256
     """Samples of a gradient step in pretraining."""
     pretrain_rate: float = 3e-3
@@ -289,10 +289,7 @@ def finetune_job(output: Path, start: Path, files: tuple[Path, ...], cell: Cell,
         cell.method, samples.take(which), {name: value[which] for name, value in labels.items()}, model, cell.p,
         config.states, config.share, cell.seed,
     )  # fmt: skip
-    training = Training(
-        config.epochs, config.batch, config.learning_rate, seed=cell.seed, anchor=config.anchor,
-        noise=stages.history_noise(config),
-    )  # fmt: skip
+    training = Training(config.epochs, config.batch, config.learning_rate, seed=cell.seed, anchor=config.anchor)
     validation = (samples.take(held_out), loss_weights(held_out)) if held_out.any() else None
     stages.tailored(output, start, samples.take(~held_out), loss_weights(~held_out), validation, training, monitor)
 

@@ -127,8 +127,8 @@ def pretrained(output: Path, logs: list[Log], config: Any, seed: int, monitor: A
 
 
 def history_noise(config: Any) -> tuple[float, ...]:
-    """Noise of the histories in training."""
-    return tuple(config.noise * std for std in panda.HISTORY_NOISE) if config.noise else ()
+    """Noise of the histories in pretraining."""
+    return tuple(config.pretrain_noise * std for std in panda.HISTORY_NOISE) if config.pretrain_noise else ()
 
 
 def torque_samples(logs: list[Log], model: AbstractModel, stride: int) -> TorqueSamples:
