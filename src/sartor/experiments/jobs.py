@@ -41,9 +41,14 @@ class Workers:
         self._pool = None
         if num_workers:
             context = multiprocessing.get_context("spawn")
-            self._queue = context.SimpleQueue()
+            self._queue, cores = context.SimpleQueue(), context.SimpleQueue()
+            free = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [-1]
+            for i in range(num_workers):
+                cores.put(free[i % len(free)])
             with _one_thread():
-                self._pool = ProcessPoolExecutor(num_workers, context, initializer=_begin, initargs=(self._queue,))
+                self._pool = ProcessPoolExecutor(
+                    num_workers, context, initializer=_begin, initargs=(self._queue, cores)
+                )
                 # Processes start with the first jobs: give each one now, while the environment is theirs.
                 wait([self._pool.submit(time.sleep, 0.2) for _ in range(num_workers)])
 
@@ -103,9 +108,12 @@ def _one_thread() -> Iterator[None]:
         os.environ.update(before)
 
 
-def _begin(queue: Any) -> None:
+def _begin(queue: Any, cores: Any) -> None:
     global _queue
     _queue = queue
+    core = cores.get()
+    if core >= 0:  # JAX starts as many threads as it sees cores, and they would get into each other's way
+        os.sched_setaffinity(0, {core})
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     parent = os.getppid()
 
