@@ -24,7 +24,7 @@ from rich.table import Table
 from sartor.experiments import closed_loop, panda
 
 _EXPERIMENTS = {
-    "panda": "Tailor a Panda's dynamics model to its tracking task, under several loss weightings (some ten minutes).",
+    "panda": "Tailor a Panda's dynamics model to its tracking task, under several weightings (a quarter of an hour).",
     "pendulum": "Swing-up of a pendulum with a weak motor, in closed loop.",
     "cartpole": "Swing-up of a pole on a cart, in closed loop.",
     "quadrotor": "Flight to a goal with bounded thrusts and velocity, in closed loop.",

@@ -64,7 +64,7 @@ class Config:
     experiment: Annotated[Literal["panda"], tyro.conf.Suppress] = "panda"
     """Which experiment."""
     preset: Literal["smoke", "quick", "paper"] = "quick"
-    """`smoke` takes a minute or two, `quick` some ten minutes, `paper` many hours."""
+    """`smoke` is for tests, `quick` takes a quarter of an hour, `paper` many hours; it has not been run yet."""
     models: int = 0
     """Pretrained models, each from another seed."""
     seeds: int = 0

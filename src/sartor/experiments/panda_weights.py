@@ -1,9 +1,8 @@
 """The weightings that the Panda experiment compares, from labels and the statistics of the data."""
 
-from typing import Any, Literal
+from typing import Literal
 
-import jax
-import jax.numpy as jnp
+import equinox as eqx
 import numpy as np
 
 from sartor.models.base import AbstractModel
@@ -60,7 +59,7 @@ def weights(
     if share > 0.0 and isinstance(found, Elementwise):
         found = mix(found, uniform, share)
     if robust:
-        before = losses(rollout_loss_of(panda.DT), model, (samples, uniform))
+        before = losses(eqx.Partial(rollout_loss, panda.DT), model, (samples, uniform))
         found = scaled(found, per_environment(before, samples.environment))
     return found
 
@@ -91,13 +90,6 @@ def closed_loop_labels(labels: dict[str, np.ndarray], xs: np.ndarray, refs: np.n
     return S
 
 
-def rollout_loss_of(dt: float) -> Any:
-    """`rollout_loss` with its control step, equal for equal ones."""
-    import equinox as eqx
-
-    return eqx.Partial(rollout_loss, dt)
-
-
 def _per_state(name: str, samples: Windows) -> np.ndarray:
     x = samples.xs.reshape(-1, samples.xs.shape[-1])
     return {
@@ -112,4 +104,4 @@ def _regret_factors(labels: dict[str, np.ndarray]) -> np.ndarray:
     """Λ^{1/2} du_0/de of each sample (D10)."""
     values, vectors = np.linalg.eigh(labels["Lambda"].astype(float))
     root = np.einsum("bij,bj,bkj->bik", vectors, np.sqrt(np.maximum(values, 0.0)), vectors)
-    return np.asarray(jax.vmap(lambda r, s: jnp.einsum("ij,jkx->ikx", r, s))(root, labels["du0_de"]))
+    return np.einsum("bij,bjkx->bikx", root, labels["du0_de"])
