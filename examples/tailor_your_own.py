@@ -7,9 +7,9 @@ import numpy as np
 
 import sartor
 from sartor.logs import Columns, read_log, write_log
-from sartor.models.base import Nominal, Theta, arm_dynamics
+from sartor.models.base import ArmDynamics, Nominal, Theta
+from sartor.models.mjcf import from_mujoco
 from sartor.models.mlp import ResidualMLP
-from sartor.models.rigid_body import from_mujoco
 from sartor.models.store import save_model
 from sartor.plant import Plants
 from sartor.tracking import Tracker, track
@@ -27,7 +27,7 @@ plants = Plants([arm(1.5, 0.5)], DT)  # your robot
 
 Q = jnp.array([1000.0, 1000.0, 10.0, 10.0])
 problem = sartor.Problem(
-    dynamics=arm_dynamics(DT),
+    dynamics=ArmDynamics(DT),
     stage_cost=lambda x, u, k, theta: DT * ((x - theta.reference[k]) @ (Q * (x - theta.reference[k])) + 1e-3 * u @ u),
     terminal_cost=lambda x, theta: (x - theta.reference[N]) @ (Q * (x - theta.reference[N])),
     horizon=N, u_min=[-30.0, -30.0], u_max=[30.0, 30.0],

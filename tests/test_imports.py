@@ -14,8 +14,9 @@ ROOT = Path(sartor.__file__).parent
 ORDER = [
     {"problem"}, {"solution"}, {"kkt"}, {"riccati"}, {"sensitivity"}, {"solvers.base"},
     {"solvers.qp", "solvers.active_set"}, {"solvers.sqp", "solvers.box_ddp"}, {"solve"}, {"labels"}, {"mpc"}, {"files"},
-    {"models.integrate", "models.rigid_body"}, {"models.base"}, {"models.lagrangian"}, {"models.mlp"}, {"models.store"},
-    {"data"}, {"logs", "lerobot_meta"}, {"lerobot"}, {"weights"}, {"train"}, {"plant", "render"}, {"tracking"},
+    {"models.spatial"}, {"models.rigid_body", "models.integrate"}, {"models.mjcf"}, {"models.base"},
+    {"models.lagrangian"}, {"models.mlp"}, {"models.store"}, {"data"}, {"logs", "lerobot_meta"}, {"lerobot"},
+    {"weights"}, {"train"}, {"plant", "render"}, {"tracking"},
     {"systems"}, {"pairing"}, {"evaluate"}, {"report"}, {"figures"}, {"tables"}, {"report_panda"}, {"experiments"},
     {"cli"},
 ]  # fmt: skip

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 import sartor
 from cadelac import DATA
 from sartor.labels import label
-from sartor.models.base import Nominal, Theta, arm_dynamics, history, rest, trainable
+from sartor.models.base import ArmDynamics, Nominal, Theta, history, rest, trainable
 from sartor.models.lagrangian import CaDeLaC
+from sartor.models.mjcf import from_mujoco
 from sartor.models.mlp import ResidualMLP
-from sartor.models.rigid_body import forward_dynamics, frame_positions, from_mujoco, inverse_dynamics, mass_matrix
+from sartor.models.rigid_body import forward_dynamics, frame_positions, inverse_dynamics, mass_matrix
 from sartor.systems import panda
 
 # A body without joints marks the centre of mass of each link.
@@ -163,7 +164,7 @@ def test_energy_is_conserved_without_input():
         height = 1.5 * places["upper_centre"][2] + 0.7 * places["lower_centre"][2]
         return 0.5 * qd @ M @ qd + 9.81 * height + SMALL.potential(jnp.concatenate([jnp.cos(q), jnp.sin(q), z]))[0]
 
-    step = arm_dynamics(1e-3)
+    step = ArmDynamics(1e-3)
 
     @jax.jit
     def run(x):
@@ -307,10 +308,47 @@ def test_derivatives_of_the_acceleration_are_differences():
     close(sum(np.sum(np.asarray(g) * d) for g, d in pairs), v @ along, 1e-9)
 
 
+@OF_MODEL
+def test_backward_gradients_are_the_forward_ones(model):
+    """`ArmDynamics(reverse=True)`, in the state, the control, the context and every trained number."""
+    x, u, lam = numbers(2 * N, seed=1), numbers(N, seed=2), numbers(2 * N, seed=3)
+    free, fixed = eqx.partition(model, trainable(model))
+
+    @eqx.filter_jit
+    def gradients(free, x, u, z):
+        def value(varied, reverse):
+            free, x, u, z = varied
+            theta = Theta(eqx.combine(free, fixed), z, None)
+            return lam @ ArmDynamics(0.05, reverse)(x, u, 0, theta)
+
+        varied = (free, x, u, z)
+        return eqx.filter_grad(value)(varied, True), eqx.filter_grad(value)(varied, False)
+
+    backward, forward = gradients(free, x, u, context_of(model))
+    for a, b in zip(jax.tree.leaves(backward), jax.tree.leaves(forward), strict=True):
+        if a.size:  # the nominal robot has no context
+            close(a, b)
+
+
+@OF_MODEL
+def test_second_derivatives_of_a_step_are_differences_of_first_ones(model):
+    w, lam, z = numbers(3 * N, seed=1), numbers(2 * N, seed=3), context_of(model)
+    theta, step = Theta(model, z, None), ArmDynamics(0.05)
+
+    @eqx.filter_jit
+    def both(w):
+        gradient = jax.jacfwd(lambda w: lam @ step(w[: 2 * N], w[2 * N :], 0, theta))
+        return gradient(w), step.contracted_hessian(w[: 2 * N], w[2 * N :], 0, theta, lam)
+
+    h = 1e-4
+    differences = jnp.stack([(both(w + h * e)[0] - both(w - h * e)[0]) / (2 * h) for e in jnp.eye(3 * N)])
+    close(both(w)[1], differences, 1e-7)
+
+
 def test_single_precision_stays_single():
     def everything(model, q, qd, a):
         z = model.context(rest(q, H))
-        step = arm_dynamics(0.02)(jnp.concatenate([q, qd]), a, 0, Theta(model, z, None))
+        step = ArmDynamics(0.02)(jnp.concatenate([q, qd]), a, 0, Theta(model, z, None))
         J = jax.jacfwd(model.residual, argnums=(0, 1, 2, 3))(q, qd, a, z)
         return z, model.torque(q, qd, a, z), model.acceleration(q, qd, a, z), step, J
 
@@ -348,7 +386,7 @@ def test_the_context_is_that_of_stacked_lstms():
 
 def log_of(model, z, dt, num_steps, num_fine=8):
     """A log at a control step dt of a robot that is what the model says, integrated in finer steps."""
-    fine = arm_dynamics(dt / num_fine)
+    fine = ArmDynamics(dt / num_fine)
     us = jnp.stack([jnp.sin(jnp.arange(num_steps) * dt * w) for w in (3.0, 5.0)], 1)
 
     def advance(x, u):
@@ -442,7 +480,7 @@ def golden_motion():
     @eqx.filter_jit
     @eqx.filter_vmap(in_axes=(None, 0, 0, 0, 0))
     def move(model, xs, us, z, pi):
-        step = lambda x, u: arm_dynamics(0.02)(x, u, 0, Theta(model, z, None))
+        step = lambda x, u: ArmDynamics(0.02)(x, u, 0, Theta(model, z, None))
 
         def one(x, u, pi):
             x_next, back = jax.vjp(step, x, u)
@@ -475,7 +513,7 @@ def golden_labels():
     """Labels of some samples, of which one has an active bound in stage 0, by one compiled function."""
     active = np.flatnonzero(DATA["n_active_u0"] > 0)[:1]
     which = np.concatenate([np.flatnonzero(DATA["n_active_u0"] == 0)[:3], active])
-    problem, model = panda.problem(arm_dynamics(0.02)), golden_model()
+    problem, model = panda.problem(ArmDynamics(0.02)), golden_model()
 
     def one(z, reference, x0):
         start = sartor.guess(reference.at[0].set(x0), jnp.zeros((12, 7)))

@@ -11,13 +11,13 @@ import mujoco
 import numpy as np
 import pytest
 
+from sartor.models.mjcf import from_mjcf, from_mujoco
 from sartor.models.rigid_body import (
     forward_dynamics,
     frame_positions,
-    from_mjcf,
-    from_mujoco,
     inverse_dynamics,
     mass_matrix,
+    torque_hessian,
 )
 from sartor.systems import panda
 
@@ -297,6 +297,25 @@ def test_second_derivatives_are_differences_of_first_ones():
         J = differences(first, args, index)
         for row in range(3):
             assert_equal(second[row][index], J[row], 1e-7)
+
+
+@pytest.mark.parametrize("name", [*TREES, "panda"])
+def test_second_derivatives_of_torques_are_automatic_ones(name):
+    """Branches, slides and several joints of a body included."""
+    body = robot(name)[1]
+    q, qd, qdd = (a[0] for a in states(body.nq, 3))
+    sigma = states(body.nq, 4)[0][0]
+
+    @eqx.filter_jit
+    def both(q, qd, qdd):
+        power = lambda *motion: sigma @ inverse_dynamics(body, *motion)
+        return torque_hessian(body, q, qd, qdd, sigma), jax.hessian(power, (0, 1, 2))(q, qd, qdd)
+
+    found, automatic = both(q, qd, qdd)
+    assert_equal(found.q_q, automatic[0][0])
+    assert_equal(found.q_qd, automatic[0][1])
+    assert_equal(found.q_qdd, automatic[0][2])
+    assert_equal(found.qd_qd, automatic[1][1])
 
 
 @functools.cache

@@ -13,8 +13,8 @@ import pytest
 from sartor.files import load_arrays, save_arrays
 from sartor.models.base import Nominal
 from sartor.models.lagrangian import CaDeLaC
+from sartor.models.mjcf import from_mujoco
 from sartor.models.mlp import ResidualMLP
-from sartor.models.rigid_body import from_mujoco
 from sartor.models.store import load_model, save_model
 
 ARM = """

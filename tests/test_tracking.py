@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import sartor
-from sartor.models.base import Theta, arm_dynamics, history, rest
+from sartor.models.base import ArmDynamics, Theta, history, rest
+from sartor.models.mjcf import from_mujoco
 from sartor.models.mlp import ResidualMLP
-from sartor.models.rigid_body import from_mujoco
 from sartor.plant import Plants
 from sartor.tracking import Tracker, follow, track
 from sartor.train import windows
@@ -59,7 +59,7 @@ def error(x, reference):
 
 
 PROBLEM = sartor.Problem(
-    dynamics=arm_dynamics(DT),
+    dynamics=ArmDynamics(DT),
     stage_cost=lambda x, u, k, theta: DT * (error(x, theta.reference[k]) + 0.5e-3 * jnp.sum(u**2)),
     terminal_cost=lambda x, theta: error(x, theta.reference[N]),
     horizon=N,

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from sartor.data import Log
-from sartor.models.base import AbstractModel, Theta, arm_dynamics, history, rest
+from sartor.models.base import AbstractModel, ArmDynamics, Theta, history, rest
+from sartor.models.mjcf import from_mujoco
 from sartor.models.mlp import ResidualMLP
-from sartor.models.rigid_body import RigidBody, from_mujoco
+from sartor.models.rigid_body import RigidBody
 from sartor.train import (
     Config,
     TorqueSamples,
@@ -147,7 +148,7 @@ def test_logs_that_do_not_fit_are_refused():
 def test_the_loss_is_that_of_a_rollout_by_hand():
     w = samples()
     weights = Elementwise(jnp.asarray(np.random.default_rng(1).uniform(size=(w.size, 2, 2))))
-    step, theta = arm_dynamics(DT), Theta(OFFSET, jnp.zeros(0), None)
+    step, theta = ArmDynamics(DT), Theta(OFFSET, jnp.zeros(0), None)
     one = jax.jit(lambda x, u: step(x, u, 0, theta))
     expected = []
     for i in (0, 5, w.size - 1):

@@ -156,20 +156,23 @@ def expand(problem: Problem, theta: Theta, x0: Array, point: Point, exact: bool)
 
     q, r are gradients of the cost alone, so multipliers of the expansion are those of (D1) itself, not increments.
     The second derivatives of dynamics and constraints are computed if `exact`, and are kept apart from those of the
-    cost: see `with_bending`.
+    cost: see `with_bending`. Those of the dynamics come from its `contracted_hessian`, if it has one.
     """
     nx, num_stages = point.xs.shape[1], problem.horizon
+    contracted = getattr(problem.dynamics, "contracted_hessian", None)
 
     def stage(x, u, k, lam, mu):
-        def equations(w):
-            return problem.dynamics(w[:nx], w[nx:], k, theta), problem.path_rows(w[:nx], w[nx:], k, theta)
-
         def first_order(w):
             cost, gradient = jax.value_and_grad(lambda w: problem.stage_cost(w[:nx], w[nx:], k, theta))(w)
-            values, dual = _with_dual(equations, w, (lam, mu), exact)
-            return (*values, gradient, dual), (*values, gradient, cost)
+            dynamics = lambda w: problem.dynamics(w[:nx], w[nx:], k, theta)
+            x_next, dual = _with_dual(dynamics, w, lam, exact and contracted is None)
+            h, row_dual = _with_dual(lambda w: problem.path_rows(w[:nx], w[nx:], k, theta), w, mu, exact)
+            return (x_next, h, gradient, dual + row_dual), (x_next, h, gradient, cost)
 
-        return jax.jacfwd(first_order, has_aux=True)(jnp.concatenate([x, u]))
+        (F, G, H, bend), values = jax.jacfwd(first_order, has_aux=True)(jnp.concatenate([x, u]))
+        if exact and contracted is not None:
+            bend = bend + contracted(x, u, k, theta, lam)
+        return (F, G, H, bend), values
 
     def final(x):
         cost, gradient = jax.value_and_grad(problem.terminal_cost)(x, theta)

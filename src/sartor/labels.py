@@ -52,6 +52,10 @@ class Label(eqx.Module):
     """Effective sensitivity of the cost to the first control."""
     Lambda: Float[Array, "nu nu"]
     """Hessian of the cost in the first control, the others optimised; its bounds do not count."""
+    A: Float[Array, "N nx nx"]
+    """Derivatives of the model along the plan, in the state."""
+    B: Float[Array, "N nx nu"]
+    """In the control."""
     result: RESULTS
     """`successful`, or why there is no label."""
 
@@ -219,7 +223,7 @@ def _label(problem, theta, sol, eps, method, perturb, combine, error, curvature,
     status = reason(sol, lin)
     result = RESULTS.where(status == RESULTS.successful, resolved, status)
     S = jnp.where(result == RESULTS.successful, S, jnp.nan)
-    return Label(S, du0_de, du0_dx0, dJ_du0, Lambda, result)
+    return Label(S, du0_de, du0_dx0, dJ_du0, Lambda, lin.lq.A, lin.lq.B, result)
 
 
 @eqx.filter_jit

@@ -51,7 +51,7 @@ class Tracker(eqx.Module):
     """An MPC that follows references with a learned model."""
 
     problem: Problem
-    """With `Theta` as its parameters; its dynamics are `arm_dynamics`."""
+    """With `Theta` as its parameters; its dynamics are `ArmDynamics`."""
     model: AbstractModel
     """What it believes of the robot; for `per_plant`, every leaf has a leading axis, one for each plant."""
     dt: float = eqx.field(static=True)

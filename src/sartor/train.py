@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, PyTree
 
 from sartor.data import Log
 from sartor.files import load_tree, save_tree
-from sartor.models.base import AbstractModel, Theta, arm_dynamics, history, rest, trainable
+from sartor.models.base import AbstractModel, ArmDynamics, Theta, history, rest, trainable
 from sartor.weights import Weights
 
 Loss = Callable[[Any, Any, Any], Array]
@@ -121,7 +121,7 @@ def rollout_errors(
 ) -> Float[Array, "p nx"]:
     """x̂ - x of one sample along its p controls."""
     theta = Theta(model, model.context(past), None)
-    step = arm_dynamics(dt)
+    step = ArmDynamics(dt, reverse=True)
 
     def advance(x, u):
         x = step(x, u, 0, theta)

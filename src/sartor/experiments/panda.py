@@ -51,8 +51,8 @@ _PAPER: dict[str, Any] = dict(
     models=2, seeds=5,
     weightings=("ones", "stand", "norm", "mpc_cost", "ours", "ours_avg", "ours_shuffled", "stand_env", "regret",
                 "regret_env", "closed_loop"),
-    rollouts=(1, 4, 12), steps=500, pretrain_payloads=100, pretrain_references=2, pretrain_epochs=60,
-    finetune_payloads=60, kept=60, label_stride=2, epochs=8, batch=256, tests=20, curvature="exact",
+    rollouts=(4, 1, 12), steps=500, pretrain_payloads=100, pretrain_references=2, pretrain_epochs=40,
+    finetune_payloads=60, kept=30, label_stride=5, epochs=8, batch=256, tests=20, curvature="exact",
 )  # fmt: skip
 _PRESETS = {"smoke": _SMOKE, "quick": _QUICK, "paper": _PAPER}
 

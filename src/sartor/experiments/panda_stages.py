@@ -20,12 +20,14 @@ from sartor.evaluate import episode_metrics
 from sartor.files import load_arrays, save_arrays, write_json
 from sartor.kkt import LQ
 from sartor.labels import label
-from sartor.models.base import AbstractModel, Nominal, Theta, arm_dynamics
+from sartor.models.base import AbstractModel, ArmDynamics, Nominal, Theta
 from sartor.models.lagrangian import CaDeLaC
-from sartor.models.rigid_body import RigidBody, from_mujoco, inverse_dynamics, mass_matrix
+from sartor.models.mjcf import from_mujoco
+from sartor.models.rigid_body import RigidBody, inverse_dynamics, mass_matrix
 from sartor.models.store import load_model, save_model
 from sartor.plant import Plants, end_effector
 from sartor.riccati import factor
+from sartor.sensitivity import trajectory_error
 from sartor.solution import RESULTS, guess
 from sartor.solvers.sqp import SQP
 from sartor.systems import panda
@@ -34,7 +36,8 @@ from sartor.train import Config as Training
 from sartor.train import TorqueSamples, Windows, fit, pretrain, windows
 
 CUTOFF = 2.0  # of the context [Hz], as published for the real robot: without it heavy payloads make the loop chatter
-_CHUNK = 64  # samples that are labelled together
+_CHUNK = 16  # samples that are labelled together: more do not fit the caches
+_LABEL_SOLVER = SQP(curvature="gauss_newton", tol=1e-7, max_steps=30, line_search=False)
 MAX_ERROR, MAX_ACCELERATION = 0.3, 20.0  # [rad], [rad/s²]
 SEEDS = {"pretrain": 1000, "finetune": 2000, "test": 3000, "validation": 4000, "round": 5000}
 TEST, VALIDATION = 100, 120  # first payloads
@@ -162,7 +165,7 @@ def sound(logs: list[Log], samples: Windows) -> np.ndarray:
 
 def controller(kind: str, payloads: list[int], model: AbstractModel | None = None, cutoff: float = CUTOFF) -> Tracker:
     """The published MPC, with a model or with one of the baselines."""
-    problem = panda.problem(arm_dynamics(panda.DT))
+    problem = panda.problem(ArmDynamics(panda.DT))
     if model is not None:
         return Tracker(problem, model, panda.DT, cutoff=cutoff)
     bodies = true_bodies(payloads, panda.DAMPING if kind == "oracle_damping" else 0.0)
@@ -212,7 +215,7 @@ def labelled(output: Path, logs: list[Log], model: Path, stride: int, options: d
     The solves start from the executed trajectory, and run until they have converged.
     """
     belief = load_model(model)
-    problem, parts = panda.problem(arm_dynamics(panda.DT)), []
+    problem, parts = panda.problem(ArmDynamics(panda.DT)), []
     samples = windows(logs, belief, problem.horizon, stride=stride)
     for start in range(0, samples.size, _CHUNK):
         which = np.arange(start, start + _CHUNK) % samples.size  # the last chunk is filled up: one shape compiles once
@@ -242,11 +245,11 @@ def _labels(problem, model, x0, us, xs, past, refs, **options) -> dict[str, Arra
     def one(x0, us, xs, past, refs):
         theta = Theta(model, model.context(past), refs)
         start = guess(jnp.concatenate([x0[None], xs]), us)
-        found = label(problem, theta, x0, solver=SQP(curvature="gauss_newton", tol=1e-7), guess=start, **options)
-        A, B = jax.jacfwd(problem.dynamics, argnums=(0, 1))(x0, us[0], jnp.asarray(0), theta)
+        found = label(problem, theta, x0, solver=_LABEL_SOLVER, guess=start, **options)
         return {
-            "S": found.S, "du0_de": found.du0_de, "du0_dx0": found.du0_dx0, "dJ_du0": found.dJ_du0,
-            "Lambda": found.Lambda, "A": A, "B": B, "ok": found.result == RESULTS.successful,
+            "S": found.S, "du0_de": found.du0_de, "du0_derror": trajectory_error(found.A, found.du0_de),
+            "du0_dx0": found.du0_dx0, "dJ_du0": found.dJ_du0, "Lambda": found.Lambda, "A": found.A[0],
+            "B": found.B[0], "ok": found.result == RESULTS.successful,
         }  # fmt: skip
 
     return jax.vmap(one)(x0, us, xs, past, refs)

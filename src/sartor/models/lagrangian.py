@@ -138,6 +138,10 @@ class CaDeLaC(AbstractModel):
         """The equation of motion (D14) of the residual."""
         return _residual(q, qd, qdd, (self.inertia, self.potential, z))
 
+    def power(self, q: Array, qd: Array, qdd: Array, z: Array, sigma: Array) -> Float[Array, ""]:
+        """σᵀ residual, without the derivatives that are written out: those would be computed and transposed."""
+        return sigma @ _plain_residual(q, qd, qdd, (self.inertia, self.potential, z))
+
     def _factor(self, q: Array, z: Array) -> Array:
         """L."""
         return _lower(_entries(self.inertia(_features(q, z)), q.shape[0]))

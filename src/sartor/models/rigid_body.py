@@ -1,4 +1,4 @@
-"""Rigid-body dynamics of a tree of hinge and slide joints on a fixed base, read from a compiled MuJoCo model.
+"""Rigid-body dynamics of a tree of hinge and slide joints on a fixed base.
 
     M(q) q̈ + h(q, q̇) + D q̇ = τ                                                                              (D11)
 
@@ -14,18 +14,30 @@ Analytical Derivatives of Rigid-Body Dynamics Using Spatial Vector Algebra, 2022
 """
 
 from collections.abc import Callable
-
-# MuJoCo is compiled and has no type stubs.
-# pyright: reportAttributeAccessIssue=false
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import mujoco
 import numpy as np
 from jaxtyping import Array, Float
+
+from sartor.models.spatial import (
+    Inertia,
+    Matrix,
+    Spatial,
+    Symmetric,
+    Vector,
+    add,
+    cross,
+    dot,
+    force_cross,
+    motion_cross,
+    scale,
+    sub,
+    turn,
+    vector,
+)  # fmt: skip
 
 
 class RigidBody(eqx.Module):
@@ -67,61 +79,6 @@ class RigidBody(eqx.Module):
     def nq(self) -> int:
         """Number of joints."""
         return len(self.parents)
-
-
-def from_mjcf(path: str | Path) -> RigidBody:
-    """The robot of an MJCF (or URDF) file. Fails: `ValueError` as `from_mujoco`, or if MuJoCo cannot read the file."""
-    try:
-        return from_mujoco(mujoco.MjModel.from_xml_path(str(path)))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def from_mujoco(mj_model: mujoco.MjModel) -> RigidBody:
-    """The robot of a compiled MuJoCo model.
-
-    Args:
-        mj_model: Fixed base; any tree of hinge and slide joints, several of one body included. Contacts, limits and
-            actuators are not read.
-
-    Fails: `ValueError` for what (D11) does not hold: a free or ball joint, equality constraints, springs, dry
-        friction, gravity compensation, a fluid.
-    """
-    _check(mj_model)
-    links: list[_Link] = []
-    link_of = {0: -1}  # the last joint of every body, and where the body sits in the frame of that joint
-    place_of = {0: (np.zeros(3), np.eye(3))}
-    for body in range(1, mj_model.nbody):
-        parent = mj_model.body_parentid[body]
-        link, (p, R) = link_of[parent], place_of[parent]
-        p, R = p + R @ mj_model.body_pos[body], R @ _rotation(mj_model.body_quat[body])
-        for j in range(mj_model.body_jntadr[body], mj_model.body_jntadr[body] + mj_model.body_jntnum[body]):
-            slide = mj_model.jnt_type[j] == int(mujoco.mjtJoint.mjJNT_SLIDE)
-            anchor = np.zeros(3) if slide else mj_model.jnt_pos[j]
-            links.append(_Link(mj_model.joint(j).name, link, bool(slide), mj_model.jnt_axis[j], p + R @ anchor, R))
-            link, p, R = len(links) - 1, -anchor, np.eye(3)
-        link_of[body], place_of[body] = link, (p, R)
-    if not links:
-        raise ValueError("the model has no joint: there is nothing to control.")
-    masses, coms, inertias = _lump(mj_model, link_of, place_of, len(links))
-    bodies = [b for b in range(1, mj_model.nbody) if link_of[b] >= 0]
-    # MuJoCo's q counts from qpos0: turn every frame back by it.
-    axes = np.array([link.axis for link in links])
-    rotations, positions = (np.array([getattr(link, name) for link in links]) for name in ("R", "p"))
-    for i, (link, q0) in enumerate(zip(links, mj_model.qpos0, strict=True)):
-        positions[i] = positions[i] - link.slide * rotations[i] @ axes[i] * q0
-        rotations[i] = rotations[i] if link.slide else rotations[i] @ _axis_angle(axes[i], -q0)
-    arrays = (axes, positions, rotations, [place_of[b][0] for b in bodies], masses, coms, inertias)
-    return RigidBody(
-        tuple(link.name for link in links),
-        tuple(link.parent for link in links),
-        tuple(link.slide for link in links),
-        tuple((mj_model.body(b).name, link_of[b]) for b in bodies),
-        *(jnp.asarray(np.array(a)) for a in (*arrays, mj_model.dof_armature, mj_model.dof_damping)),
-        gravity=jnp.asarray(
-            mj_model.opt.gravity * (not mj_model.opt.disableflags & mujoco.mjtDisableBit.mjDSBL_GRAVITY)
-        ),
-    )
 
 
 @eqx.filter_custom_jvp
@@ -180,6 +137,30 @@ def frame_positions(body: RigidBody, q: Float[Array, " n"]) -> dict[str, Float[A
     }
 
 
+class TorqueHessian(NamedTuple):
+    """Second derivatives of σᵀτ(q, q̇, q̈) for constant σ; those that are missing are zero, as τ is linear in q̈."""
+
+    q_q: Float[Array, "n n"]
+    q_qd: Float[Array, "n n"]
+    """Row i, column j: ∂²/∂q_i ∂q̇_j."""
+    q_qdd: Float[Array, "n n"]
+    qd_qd: Float[Array, "n n"]
+
+    def times(self, dq: Array, dqd: Array, dqdd: Array) -> Float[Array, "m m"]:
+        """Wᵀ (Hessian) W for the rows W = [dq; dqd; dqdd], (n, m) each."""
+        mixed = dq.T @ (0.5 * self.q_q @ dq + self.q_qd @ dqd + self.q_qdd @ dqdd) + 0.5 * dqd.T @ self.qd_qd @ dqd
+        return mixed + mixed.T
+
+
+def torque_hessian(
+    body: RigidBody, q: Float[Array, " n"], qd: Float[Array, " n"], qdd: Float[Array, " n"], sigma: Float[Array, " n"]
+) -> TorqueHessian:
+    """Second derivatives of σᵀ inverse_dynamics(body, q, q̇, q̈) for constant σ, by the analytical formulas (D16)."""
+    motion = _move(body, q, qd, qdd)
+    V_sigma = _path(body, scale(sigma, motion.S))
+    return _second_partials(body, motion, V_sigma)
+
+
 @eqx.filter_custom_jvp
 def solve_acceleration(
     q: Float[Array, " n"], qd: Float[Array, " n"], tau: Float[Array, " n"], body: Any, *, inverse: Any, mass: Any
@@ -210,8 +191,8 @@ def _solve_acceleration_jvp(primals, tangents, *, inverse, mass):
     return qdd, _solver(mass(body, q))(rest)
 
 
-def _solver(M: Array) -> Callable:
-    """b -> M⁻¹ b for a symmetric positive definite M; NaN if it is not definite.
+def inverse_root(M: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """R with M⁻¹ = Rᵀ R for a symmetric positive definite M; NaN if it is not definite. Not differentiable.
 
     Gaussian elimination in a few whole-row operations for each row: in a batch of small matrices several times faster
     than one library call for each.
@@ -222,104 +203,60 @@ def _solver(M: Array) -> Callable:
         pivots.append(rows[i : i + 1, i : i + 1])
         below = (np.arange(n) > i)[:, None]
         rows = jnp.where(below, rows - rows[:, i : i + 1] * (rows[i : i + 1] / pivots[i]), rows)
-    root = rows[:, n:] / jnp.sqrt(jnp.concatenate(pivots))  # M⁻¹ = rootᵀ root
+    return rows[:, n:] / jnp.sqrt(jnp.concatenate(pivots))
+
+
+def _solver(M: Array) -> Callable:
+    """b -> M⁻¹ b."""
+    root = inverse_root(M)
     solve = lambda _, b: root.T @ (root @ b)
     return lambda b: jax.lax.custom_linear_solve(lambda x: M @ x, b, solve, symmetric=True)
-
-
-class _Vector(NamedTuple):
-    """A vector of each link, by components: arrays over the links compile to much faster code than arrays (n, 3)."""
-
-    x: Float[Array, " n"]
-    y: Float[Array, " n"]
-    z: Float[Array, " n"]
-
-
-_Matrix = tuple[_Vector, ...]  # (3, 3), by columns
-
-
-class _Spatial(NamedTuple):
-    """Angular and linear part of a motion, or moment and force."""
-
-    w: _Vector
-    v: _Vector
-
-
-class _Symmetric(NamedTuple):
-    """Symmetric matrices (3, 3)."""
-
-    xx: Float[Array, " n"]
-    yy: Float[Array, " n"]
-    zz: Float[Array, " n"]
-    xy: Float[Array, " n"]
-    xz: Float[Array, " n"]
-    yz: Float[Array, " n"]
-
-    def times(self, a: _Vector) -> _Vector:
-        return _Vector(
-            self.xx * a.x + self.xy * a.y + self.xz * a.z,
-            self.xy * a.x + self.yy * a.y + self.yz * a.z,
-            self.xz * a.x + self.yz * a.y + self.zz * a.z,
-        )
-
-
-class _Inertia(NamedTuple):
-    """Spatial inertias at the origin of the world: mass, first moment m c, second moment."""
-
-    m: Float[Array, " n"]
-    h: _Vector
-    I: _Symmetric
-
-    def times(self, X: _Spatial) -> _Spatial:
-        """Momentum of a velocity, force of an acceleration."""
-        moment = _add(self.I.times(X.w), _cross(self.h, X.v))
-        return _Spatial(moment, _add(_scale(self.m, X.v), _cross(X.w, self.h)))
 
 
 class _Motion(NamedTuple):
     """Axes, inertias, velocities and accelerations of the links; those of the link before each joint have `0`."""
 
-    S: _Spatial
-    inertia: _Inertia
-    V: _Spatial
-    V0: _Spatial
-    A: _Spatial
-    A0: _Spatial
+    S: Spatial
+    inertia: Inertia
+    V: Spatial
+    V0: Spatial
+    A: Spatial
+    A0: Spatial
 
 
 def _torques(body: RigidBody, q: Array, qd: Array, qdd: Array) -> Array:
     motion = _move(body, q, qd, qdd)
     passed_on = _subtree(body, _forces(motion)[1])
-    return _dot(motion.S, passed_on) + body.armatures * qdd + body.dampings * qd
+    return dot(motion.S, passed_on) + body.armatures * qdd + body.dampings * qd
 
 
-def _kinematics(body: RigidBody, q: Array) -> tuple[_Spatial, _Inertia, _Matrix, _Vector]:
+def _kinematics(body: RigidBody, q: Array) -> tuple[Spatial, Inertia, Matrix, Vector]:
     """S and I of the world, and rotation (its columns) and origin of each link."""
     slides = np.array(body.slides)
     angle, slide = jnp.where(slides, 0.0, q), jnp.where(slides, q, 0.0)
-    axis, frame = _vector(body.axes), [_vector(body.rotations[:, :, k]) for k in range(3)]
-    along = _turn(frame, axis)  # a turn leaves its axis where it is
+    axis, frame = vector(body.axes), [vector(body.rotations[:, :, k]) for k in range(3)]
+    along = turn(frame, axis)  # a turn leaves its axis where it is
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     R = []
     for a, column in zip(axis, frame, strict=True):
-        fixed = _scale(a, along)
-        R.append(_add(fixed, _scale(cos, _sub(column, fixed)), _scale(sin, _cross(along, column))))
+        fixed = scale(a, along)
+        R.append(add(fixed, scale(cos, sub(column, fixed)), scale(sin, cross(along, column))))
     R, R0 = _chain(body, tuple(R))
-    p = _path(body, _turn(R0, _add(_vector(body.positions), _scale(slide, along))))
-    z = _turn(R0, along)
+    p = _path(body, turn(R0, add(vector(body.positions), scale(slide, along))))
+    z = turn(R0, along)
     still = jax.tree.map(jnp.zeros_like, z)
     pick = lambda a, b: jax.tree.map(lambda a, b: jnp.where(slides, a, b), a, b)
-    S = _Spatial(pick(still, z), pick(z, _cross(p, z)))
-    c = _add(p, _turn(R, _vector(body.coms)))
-    m, h = body.masses, _scale(body.masses, c)
-    spin = [_turn(R, _vector(body.inertias[:, :, k])) for k in range(3)]  # R I, then times Rᵀ
+    S = Spatial(pick(still, z), pick(z, cross(p, z)))
+    c = add(p, turn(R, vector(body.coms)))
+    m, h = body.masses, scale(body.masses, c)
+    spin = [turn(R, vector(body.inertias[:, :, k])) for k in range(3)]  # R I, then times Rᵀ
     spread = lambda i, j: sum(column[i] * turned[j] for column, turned in zip(R, spin, strict=True)) - h[i] * c[j]
     xx, yy, zz = (spread(i, i) + sum(a * b for a, b in zip(h, c, strict=True)) for i in range(3))
-    inertia = (h, _Symmetric(xx, yy, zz, spread(0, 1), spread(0, 2), spread(1, 2)))
-    return S, _Inertia(m, *_product(inertia, np.eye(body.nq))), R, p
+    inertia = (h, Symmetric(xx, yy, zz, spread(0, 1), spread(0, 2), spread(1, 2)))
+    return S, Inertia(m, *_product(inertia, np.eye(body.nq))), R, p
 
 
-def _chain(body: RigidBody, R: _Matrix) -> tuple[_Matrix, _Matrix]:
+def _chain(body: RigidBody, R: Matrix) -> tuple[Matrix, Matrix]:
     """Rotations of the links and of their parents in the world, from those in the frame of the parent.
 
     As many rounds as the depth of the tree has binary digits: each doubles the number of joints that R spans.
@@ -327,50 +264,50 @@ def _chain(body: RigidBody, R: _Matrix) -> tuple[_Matrix, _Matrix]:
     jump = np.array(body.parents)
     while np.any(jump >= 0):
         R, before = _and_those(jump, R)
-        R = tuple(_turn(before, column) for column in R)
+        R = tuple(turn(before, column) for column in R)
         jump = np.where(jump >= 0, jump[jump], -1)
     return _and_those(np.array(body.parents), R)
 
 
-def _and_those(which: np.ndarray, R: _Matrix) -> tuple[_Matrix, _Matrix]:
+def _and_those(which: np.ndarray, R: Matrix) -> tuple[Matrix, Matrix]:
     """R, computed, and its entries of the given links; the identity for -1."""
     n = len(which)
     both = _product(R, np.concatenate([np.eye(n), which == np.arange(n)[:, None]], axis=1))
     first = jnp.asarray(which < 0, both[0].x.dtype)
     those = [[a[n:] + first if i == k else a[n:] for i, a in enumerate(column)] for k, column in enumerate(both)]
-    return jax.tree.map(lambda a: a[:n], both), tuple(_Vector(*column) for column in those)
+    return jax.tree.map(lambda a: a[:n], both), tuple(Vector(*column) for column in those)
 
 
 def _move(body: RigidBody, q: Array, qd: Array, qdd: Array) -> _Motion:
     S, inertia, _, _ = _kinematics(body, q)
-    Sqd = _scale(qd, S)
+    Sqd = scale(qd, S)
     V = _path(body, Sqd)
-    own = _add(_scale(qdd, S), _motion_cross(V, Sqd))
+    own = add(scale(qdd, S), motion_cross(V, Sqd))
     A = _path(body, own)
-    A = A._replace(v=_Vector(*(a - g for a, g in zip(A.v, body.gravity.astype(q.dtype), strict=True))))
-    return _Motion(S, inertia, V, _sub(V, Sqd), A, _sub(A, own))
+    A = A._replace(v=Vector(*(a - g for a, g in zip(A.v, body.gravity.astype(q.dtype), strict=True))))
+    return _Motion(S, inertia, V, sub(V, Sqd), A, sub(A, own))
 
 
-def _forces(motion: _Motion) -> tuple[_Spatial, _Spatial]:
+def _forces(motion: _Motion) -> tuple[Spatial, Spatial]:
     """Momentum and rate of momentum of each link."""
     momentum = motion.inertia.times(motion.V)
-    return momentum, _add(motion.inertia.times(motion.A), _force_cross(motion.V, momentum))
+    return momentum, add(motion.inertia.times(motion.A), force_cross(motion.V, momentum))
 
 
 def _partials(body: RigidBody, motion: _Motion) -> tuple[Array, Array, Array]:
     """∂τ/∂q, ∂τ/∂q̇, ∂τ/∂q̈ (Singh et al., 2022), with B of a link ½((V ×*) I - I (V ×) + (I V) ×̄*) and its sum B^C."""
     S, inertia, V, V0, _, A0 = motion
-    psi_dot, S_dot = _motion_cross(V0, S), _motion_cross(V, S)
-    psi_ddot = _add(_motion_cross(A0, S), _motion_cross(V0, psi_dot))
-    psi_mean = _add(psi_dot, S_dot)
+    psi_dot, S_dot = motion_cross(V0, S), motion_cross(V, S)
+    psi_ddot = add(motion_cross(A0, S), motion_cross(V0, psi_dot))
+    psi_mean = add(psi_dot, S_dot)
     momentum, force = _forces(motion)
     # 2B has one block of its own, rate - momentum.w ×, and -2 momentum.v ×: all else cancels.
     inertia, rate, momentum, force = _subtree(body, (inertia, _rate(inertia, V), momentum, force))
-    B_times = lambda X: _Spatial(_sub(rate.times(X.w), _cross(momentum.w, X.w)), _scale(2.0, _cross(X.w, momentum.v)))
-    S_B = _add(rate.times(S.w), _cross(momentum.w, S.w), _scale(2.0, _cross(momentum.v, S.v)))
+    B_times = lambda X: _turning(rate, momentum, X)
+    S_B = add(rate.times(S.w), cross(momentum.w, S.w), scale(2.0, cross(momentum.v, S.v)))
     S_I = inertia.times(S)
-    q_above = _add(B_times(psi_dot), inertia.times(psi_ddot), _force_cross(S, force))
-    qd_above = _add(B_times(S), inertia.times(psi_mean))
+    q_above = add(B_times(psi_dot), inertia.times(psi_ddot), force_cross(S, force))
+    qd_above = add(B_times(S), inertia.times(psi_mean))
     zero = jax.tree.map(jnp.zeros_like, S.w)
     lower = _products((S_B, S_I), [(psi_dot.w, psi_ddot), (S.w, psi_mean), (zero, S)])
     upper = _products(S, [q_above, qd_above, S_I])
@@ -378,11 +315,53 @@ def _partials(body: RigidBody, motion: _Motion) -> tuple[Array, Array, Array]:
     return dq, dqd + _eye(body) * body.dampings, dqdd + _eye(body) * body.armatures
 
 
-def _rate(inertia: _Inertia, V: _Spatial) -> _Symmetric:
+def _second_partials(body: RigidBody, motion: _Motion, V_sigma: Spatial) -> TorqueHessian:
+    """Second derivatives of Σ_i Vσ_i · f_i, the power of the forces f_i of the links along Vσ (D16).
+
+    A link sees q_k, q̇_k or q̈_k of a joint k before it through one triple (δVσ, δA, δV) that is the same for all links,
+    and so does a joint behind k: every entry is a product of the triple of the joint before with a triple of sums over
+    the links of the joint behind.
+    """
+    S, inertia, V, _, A, _ = motion
+    psi_dot, rho = motion_cross(V, S), motion_cross(V_sigma, S)
+    psi_ddot = add(motion_cross(A, S), motion_cross(V, psi_dot))
+    momentum, force = _forces(motion)
+    pull = inertia.times(V_sigma)
+    bent = sub(force_cross(V, pull), add(force_cross(V_sigma, momentum), inertia.times(motion_cross(V, V_sigma))))
+    inertia, rate, rate_sigma, momentum, force, pull, bent = _subtree(
+        body, (inertia, _rate(inertia, V), _rate(inertia, V_sigma), momentum, force, pull, bent)
+    )
+    B = lambda X: _turning(rate, momentum, X)
+    B_sigma = lambda X: _turning(rate_sigma, pull, X)
+    B_rho = add(rate.times(rho.w), cross(momentum.w, rho.w), scale(2.0, cross(momentum.v, rho.v)))  # Bᵀ ρ
+    S_pull = force_cross(S, pull)
+    I_S, still = inertia.times(S), jax.tree.map(jnp.zeros_like, rho.w)
+    # By the joint behind: what δVσ, δA and δV of the joint before are multiplied with, for q, q̇ and q̈ behind.
+    q_sigma = add(inertia.times(psi_ddot), B(psi_dot), force_cross(S, force))
+    q_A = add(inertia.times(rho), S_pull)
+    q_V = sub(add(scale(2.0, force_cross(psi_dot, pull)), force_cross(S, bent)), B_sigma(psi_dot))
+    q_V = q_V._replace(w=add(q_V.w, B_rho))
+    qd_sigma = add(scale(2.0, inertia.times(psi_dot)), B(S))
+    qd_V = sub(scale(2.0, S_pull), B_sigma(S))
+    zero = Spatial(still, still)
+    (qq, q_qd, q_qdd), (qd_q, qd_qd, _), (qdd_q, _, _) = (
+        _products(before, [(q_sigma, q_A, q_V), (qd_sigma, zero, qd_V), (I_S, zero, zero)])
+        for before in ((rho, psi_ddot, psi_dot), (zero, scale(2.0, psi_dot), S), (zero, S, zero))
+    )
+    tables = ((qq.T, qq), (qd_q.T, q_qd), (qdd_q.T, q_qdd), (qd_qd.T, qd_qd))
+    return TorqueHessian(*(_table(body, lower, upper) for lower, upper in tables))
+
+
+def _turning(rate: Symmetric, momentum: Spatial, X: Spatial) -> Spatial:
+    """2B X = I(X × V) + X ×* IV + V ×* IX, summed over links with the same X."""
+    return Spatial(sub(rate.times(X.w), cross(momentum.w, X.w)), scale(2.0, cross(X.w, momentum.v)))
+
+
+def _rate(inertia: Inertia, V: Spatial) -> Symmetric:
     """Rate of the second moment of a link that moves: ω× I - I ω× - v× h× - h× v×."""
     (x, y, z), I, h, v = V.w, inertia.I, inertia.h, V.v
     hv = sum(a * b for a, b in zip(h, v, strict=True))
-    return _Symmetric(
+    return Symmetric(
         2.0 * (y * I.xz - z * I.xy + hv - h.x * v.x),
         2.0 * (z * I.xy - x * I.yz + hv - h.y * v.y),
         2.0 * (x * I.yz - y * I.xz + hv - h.z * v.z),
@@ -444,114 +423,5 @@ def _eye(body: RigidBody) -> Array:
     return jnp.asarray(np.eye(body.nq), body.armatures.dtype)
 
 
-def _vector(a: Array) -> _Vector:
-    return _Vector(a[:, 0], a[:, 1], a[:, 2])
-
-
-def _add(first: Any, *others: Any) -> Any:
-    return jax.tree.map(lambda *terms: sum(terms[1:], terms[0]), first, *others)
-
-
-def _sub(a: Any, b: Any) -> Any:
-    return jax.tree.map(jnp.subtract, a, b)
-
-
-def _scale(factor: Array | float, X: Any) -> Any:
-    return jax.tree.map(lambda x: factor * x, X)
-
-
-def _dot(a: _Spatial, b: _Spatial) -> Array:
-    return _add(*(x * y for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)))
-
-
-def _cross(a: _Vector, b: _Vector) -> _Vector:
-    return _Vector(a.y * b.z - a.z * b.y, a.z * b.x - a.x * b.z, a.x * b.y - a.y * b.x)
-
-
-def _turn(R: Any, a: _Vector) -> _Vector:
-    """R a, from the columns of R."""
-    return _add(*(_scale(component, column) for component, column in zip(a, R, strict=True)))
-
-
-def _motion_cross(V: _Spatial, X: _Spatial) -> _Spatial:
-    return _Spatial(_cross(V.w, X.w), _add(_cross(V.w, X.v), _cross(V.v, X.w)))
-
-
-def _force_cross(V: _Spatial, f: _Spatial) -> _Spatial:
-    return _Spatial(_add(_cross(V.w, f.w), _cross(V.v, f.v)), _cross(V.w, f.v))
-
-
 def _is_none(leaf: Any) -> bool:
     return leaf is None
-
-
-class _Link(NamedTuple):
-    name: str
-    parent: int
-    slide: bool
-    axis: np.ndarray
-    p: np.ndarray
-    R: np.ndarray
-
-
-def _rotation(quaternion: np.ndarray) -> np.ndarray:
-    R = np.zeros(9)
-    mujoco.mju_quat2Mat(R, quaternion)
-    return R.reshape(3, 3)
-
-
-def _axis_angle(axis: np.ndarray, angle: float) -> np.ndarray:
-    quaternion = np.zeros(4)
-    mujoco.mju_axisAngle2Quat(quaternion, axis, angle)
-    return _rotation(quaternion)
-
-
-def _lump(mj_model: mujoco.MjModel, link_of: dict, place_of: dict, n: int) -> tuple[np.ndarray, ...]:
-    """Mass, centre and inertia of the bodies on each link together."""
-    masses, moments, seconds = np.zeros(n), np.zeros((n, 3)), np.zeros((n, 3, 3))
-    spread = lambda c: c @ c * np.eye(3) - np.outer(c, c)
-    for body, link in link_of.items():
-        if link < 0:
-            continue
-        p, R = place_of[body]
-        c, axes = p + R @ mj_model.body_ipos[body], R @ _rotation(mj_model.body_iquat[body])
-        m = mj_model.body_mass[body]
-        masses[link] += m
-        moments[link] += m * c
-        seconds[link] += axes @ np.diag(mj_model.body_inertia[body]) @ axes.T + m * spread(c)
-    coms = moments / np.where(masses == 0, 1.0, masses)[:, None]
-    return masses, coms, np.array([I - m * spread(c) for I, m, c in zip(seconds, masses, coms, strict=True)])
-
-
-def _gravity(mj_model: mujoco.MjModel) -> np.ndarray:
-    off = mj_model.opt.disableflags & int(mujoco.mjtDisableBit.mjDSBL_GRAVITY)
-    return np.zeros(3) if off else mj_model.opt.gravity
-
-
-def _check(m: mujoco.MjModel) -> None:
-    """Refuse what (D11) leaves out rather than be wrong about it."""
-    movable = [int(mujoco.mjtJoint.mjJNT_HINGE), int(mujoco.mjtJoint.mjJNT_SLIDE)]
-    other = [m.joint(j).name or str(j) for j in range(m.njnt) if m.jnt_type[j] not in movable]
-    if other:
-        raise ValueError(
-            f"joint {other[0]!r} is neither a hinge nor a slide: a free base or a ball joint is not supported, fix the"
-            " base or replace a ball by three hinges."
-        )
-    wrong = {
-        "equality constraints (a closed loop); cut the loop": m.neq,
-        "joint springs (stiffness); set it to 0 and add the springs to the residual": np.any(m.jnt_stiffness)
-        or np.any(getattr(m, "jnt_stiffnesspoly", 0)),
-        "damping that is not linear in the velocity; keep its first number alone": np.any(
-            getattr(m, "dof_dampingpoly", 0)
-        ),
-        "dry friction (frictionloss); set it to 0 in the model of the controller": np.any(m.dof_frictionloss),
-        "tendons with springs, dampers, friction or inertia; leave them out": any(
-            np.any(getattr(m, f"tendon_{kind}", 0))
-            for kind in ("stiffness", "stiffnesspoly", "damping", "dampingpoly", "frictionloss", "armature")
-        ),
-        "gravity compensation (gravcomp); set it to 0": np.any(m.body_gravcomp),
-        "a fluid (density or viscosity of `option`); set both to 0": m.opt.density or m.opt.viscosity,
-    }
-    for name, there in wrong.items():
-        if there:
-            raise ValueError(f"the model has {name}: its dynamics would be wrong.")

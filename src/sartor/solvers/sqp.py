@@ -69,6 +69,9 @@ class SQP(AbstractSolver):
     """Largest number of QPs."""
     max_inner_steps: int = 40
     """Largest number of interior-point steps in one QP."""
+    line_search: bool = True
+    """Whether steps are shortened until (D6) falls. Without, a step costs half as much, and a solve that begins near
+    its solution gets there as well; one that does not converge is reported as always."""
     real_time: bool = False
     """One full step from the (shifted) guess: the real-time iteration. Not a solution; `stats.kkt_norm`, the residual
     of the guess, says how far from one the step began. `successful` says that the QP was solved, and its hard rows
@@ -175,7 +178,7 @@ class SQP(AbstractSolver):
         the QP, which takes the curvature of the dynamics out of the step (a second-order correction).
         """
         whole = point.us + qp.point.us, point.xs + qp.point.xs
-        if self.real_time:
+        if self.real_time or not self.line_search:
             return jnp.ones_like(qp.delta), *whole
         old, slope = merit.at(expansion), merit.slope(expansion, qp.point)
         noise = 100 * jnp.finfo(old.dtype).eps * (jnp.abs(old) + 1.0 + jnp.max(merit.rules.linear, initial=0.0))
