@@ -6,33 +6,30 @@ run folder, so an interrupted run goes on where it was. `report_panda` reads the
     config.json, environment.json, timing.json, data.json    what was run, on what, how long it took, counts
     evaluations.parquet, curves.parquet                      one row for each test episode; one for each epoch
     labels.json, maps.npz                                    statistics and mean maps of the labels
+    truth.json                                               labels against branches of the simulated closed loop
     traces.npz, spectrum.npz                                 tracking errors
     models/                                                  the models
 """
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import tyro
 
-from sartor.data import Log
+from sartor.experiments import panda_jobs as jobs
 from sartor.experiments import panda_stages as stages
 from sartor.experiments.jobs import Job, Workers
-from sartor.experiments.panda_weights import NEEDS_LABELS, Weighting, closed_loop_labels, weights
+from sartor.experiments.panda_gather import gather
+from sartor.experiments.panda_studies import Cell, Study, cells
+from sartor.experiments.panda_truth import agreement, check
+from sartor.experiments.panda_weights import NEEDS_LABELS, Weighting
 from sartor.experiments.run_folder import environment
-from sartor.files import load_arrays, read_json, replacing_file, save_arrays, write_json
-from sartor.lerobot import write_lerobot
-from sartor.models.store import load_model
+from sartor.files import read_json, write_json
 from sartor.systems import panda
-from sartor.train import Config as Training
-from sartor.train import Windows, windows
-from sartor.weights import States, explained
+from sartor.weights import States
 
 Monitor = Callable[[str, float, float], None]
 
@@ -53,6 +50,7 @@ _PAPER: dict[str, Any] = dict(
                 "regret_env", "closed_loop"),
     rollouts=(4, 1, 12), steps=500, pretrain_payloads=100, pretrain_references=2, pretrain_epochs=40,
     finetune_payloads=60, kept=30, label_stride=5, epochs=8, batch=256, tests=20, curvature="exact",
+    studies=("ablation", "capacity", "rounds"), study_seeds=2, validation=10, protocols=("stand", "ours"), truth=4,
 )  # fmt: skip
 _PRESETS = {"smoke": _SMOKE, "quick": _QUICK, "paper": _PAPER}
 
@@ -97,12 +95,23 @@ class Config:
     """Every so many samples of them are labelled and used."""
     curvature: Literal["", "exact", "gauss_newton"] = ""
     """Hessian behind the labels."""
+    error: Literal["defect", "trajectory"] = "defect"
+    """What a prediction error is: one that propagates, or one of a single stage."""
+    combine: Literal["signed", "absolute"] = "signed"
+    """How joints are combined in a label: |Σ ...|, or Σ |...|."""
+    sensitivity: Literal["curvature", "resolve"] = "curvature"
+    """How dJ/du_0 is found: from the Hessian in the first control, or by solving with it fixed on either side."""
+    eps: Literal["equal", "limits"] = "equal"
+    """How far the first control is moved for that: 0.1 Nm for each joint, or 1 % of its limit."""
+    tau: float = 0.0
+    """Barrier of the torque limits in the labels; 0 for none."""
     states: States = "q"
     """States that count in the loss."""
     share: float = 0.0
     """Share of the uniform loss that is mixed into each weighting."""
     kept: int = 0
-    """Runs of the data for pretraining that stay in the mix: they excite what good tracking leaves at rest."""
+    """Runs of the data for pretraining that stay in the mix, since they excite what good tracking leaves at rest; -1
+    for none."""
     dither: float = 0.0
     """Standard deviation of torque noise while fine-tuning data are collected, as a share of the torque limits."""
     rounds: int = 1
@@ -115,6 +124,18 @@ class Config:
     """Learning rate of fine-tuning, the same for all weightings."""
     tests: int = 0
     """Held-out payloads, one reference each."""
+    validation: int = 0
+    """Further payloads, to choose by."""
+    protocols: tuple[Weighting, ...] = ()
+    """Weightings whose models of every epoch are tested, to compare ways of choosing one."""
+    studies: tuple[Study, ...] = ()
+    """What else is varied, at the first of `rollouts`."""
+    study_seeds: int = 0
+    """Fine-tuning runs of each variant and pretrained model."""
+    truth: int = 0
+    """Moments of each test episode at which labels are checked by branching the closed loop; 0 for no check."""
+    damping: float = 0.0
+    """Joint damping that the model knows [N m s/rad]; that of the plant is 1."""
     widths: tuple[int, ...] = (30, 20)
     """Layers of the residual's networks."""
     num_contexts: int = 10
@@ -127,14 +148,15 @@ class Config:
     """Processes, one for each core; 0: do all in this one."""
 
     def __post_init__(self):
-        numbers = ("models", "seeds", "steps", "epochs", "batch", "tests", "workers", "dither", "rounds")
+        numbers = ("models", "seeds", "steps", "epochs", "batch", "tests", "validation", "workers", "dither", "rounds")
         for name in numbers:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}.")
         if any(not 1 <= p <= panda.HORIZON for p in self.rollouts):
             raise ValueError(f"rollouts must lie in 1..{panda.HORIZON}, the horizon of the MPC, not {self.rollouts}.")
-        if self.tests > 20:
-            raise ValueError(f"tests must be at most 20, the published test payloads, not {self.tests}.")
+        for name, most in (("tests", 20), ("validation", 10), ("finetune_payloads", 100), ("pretrain_payloads", 100)):
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} must be at most {most}, the payloads there are, not {getattr(self, name)}.")
         if self.weightings and "stand" not in self.weightings:
             raise ValueError("weightings must contain 'stand', which all others are compared with.")
 
@@ -142,20 +164,6 @@ class Config:
         """The same with the numbers of the preset filled in."""
         missing = {name: value for name, value in _PRESETS[self.preset].items() if not getattr(self, name)}
         return replace(self, **missing)
-
-
-class Cell(NamedTuple):
-    """One fine-tuned model."""
-
-    model: int
-    method: str
-    p: int
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Of its files."""
-        return f"{self.method}-p{self.p}-m{self.model}-s{self.seed}"
 
 
 def run(config: Config, out: Path, monitor: Monitor | None = None, command: str = "") -> None:
@@ -172,263 +180,118 @@ def run(config: Config, out: Path, monitor: Monitor | None = None, command: str 
     config = config.resolved()
     out.mkdir(parents=True, exist_ok=True)
     _claim(out, config, command)
+    chosen = cells(config)
     with Workers(config.workers, monitor) as workers:
-        _pretrain(config, out, workers)
-        for number in range(1, config.rounds + 1):
-            _collect_and_label(config, out, workers, number)
-            _finetune(config, out, workers, number)
-        _evaluate(config, out, workers)
+        _excite(config, out, workers)
+        _pretrain(out, workers, {f"pretrained-{m}": (config, m) for m in range(config.models)})
+        _test(out, workers, _baselines(config))
+        for part in _parts(chosen):
+            _pretrain(out, workers, {cell.start: (cell.config(config), cell.model) for cell in part})
+            for number in range(1, 1 + max(cell.config(config).rounds for cell in part)):
+                mine = [cell for cell in part if cell.config(config).rounds >= number]
+                _collect(config, out, workers, mine, number)
+                _finetune(config, out, workers, mine, number)
+            _test(out, workers, {c.final(config): ("model", config, c.final(config), c[0] == c[3] == 0) for c in part})
+            gather(config, out)  # so that what there is can be looked at
+        _protocols(config, out, workers, chosen)
+        _truth(config, out, workers, chosen)
         write_json(out / "timing.json", _add(_read(out / "timing.json"), workers.times))
     gather(config, out)
 
 
-def cells(config: Config) -> list[Cell]:
-    """All models to be fine-tuned."""
-    return [
-        Cell(model, method, p, seed)
-        for p in config.rollouts
-        for seed in range(config.seeds)
-        for model in range(config.models)
-        for method in config.weightings
-    ]
+def _parts(chosen: list[Cell]) -> list[list[Cell]]:
+    """Cells of the same study and p, in their order."""
+    keys = dict.fromkeys((cell.study, cell.p) for cell in chosen)
+    return [[cell for cell in chosen if (cell.study, cell.p) == key] for key in keys]
 
 
-def _pretrain(config: Config, out: Path, workers: Workers) -> None:
-    share = lambda values, count: [part for part in np.array_split(values, count) if len(part)]
-    chosen = stages.runs("pretrain", 0, config.pretrain_payloads, config.steps, config.pretrain_references)
-    parts = share(np.arange(len(chosen.payloads)), max(config.workers, 1))
-    files = [out / "parts" / f"excite-{i}.npz" for i in range(len(parts))]
-    if not (out / "models" / f"pretrained-{config.models - 1}.npz").exists():
-        jobs = [
-            Job(file, stages.excite, (stages.Runs([chosen.payloads[i] for i in part], chosen.refs[part]), config.steps))
-            for file, part in zip(files, parts, strict=True)
-        ]
-        workers.run("collect", jobs)
-    jobs = [Job(out / "models" / f"pretrained-{m}.npz", pretrain_job, (files, config, m)) for m in range(config.models)]
-    workers.run("pretrain", jobs)
+def _excite(config: Config, out: Path, workers: Workers) -> None:
+    """Data for pretraining."""
+    runs = stages.runs("pretrain", 0, config.pretrain_payloads, config.steps, config.pretrain_references)
+    todo = []
+    for i, part in enumerate(np.array_split(np.arange(len(runs.payloads)), 2)):
+        some = stages.Runs([runs.payloads[j] for j in part], runs.refs[part])
+        todo.append(Job(out / "parts" / f"excite-{i}.npz", stages.excite, (some, config.steps)))
+    workers.run("collect", todo)
 
 
-def pretrain_job(output: Path, files: list[Path], config: Config, seed: int, monitor: Any) -> None:
-    """Job: pretrain one model."""
-    stages.pretrained(output, _logs(tuple(files)), config, seed, monitor)
+def _pretrain(out: Path, workers: Workers, starts: dict[str, tuple[Config, int]]) -> None:
+    files = sorted((out / "parts").glob("excite-*.npz"))
+    todo = [Job(out / "models" / f"{name}.npz", jobs.pretrain, (files, *args)) for name, args in starts.items()]
+    workers.run("pretrain", todo)
 
 
-def _collect_and_label(config: Config, out: Path, workers: Workers, number: int) -> None:
-    drives, labels = [], []
-    for source in _sources(config, number):
+def _collect(config: Config, out: Path, workers: Workers, chosen: list[Cell], number: int) -> None:
+    """Closed loops of the models that drive in a round (in the first, the pretrained ones), and their labels."""
+    drives: dict[Path, Job] = {}
+    labels: dict[Path, Job] = {}
+    for cell in chosen:
+        mine = cell.config(config)
+        source = f"pretrained-{cell.model}" if number == 1 else f"{cell.name}-r{number - 1}"
         model = out / "models" / f"{source}.npz"
-        runs = stages.runs("finetune", 0, config.finetune_payloads, config.steps, offset=number)
-        parts = _parts(config.finetune_payloads)
-        files = [out / "data" / f"{source}-{number}-{i}.npz" for i in range(len(parts))]
-        for file, part in zip(files, parts, strict=True):
-            chosen = stages.Runs([runs.payloads[j] for j in part], runs.refs[part])
-            drives.append(Job(file, collect_job, (chosen, model, config, number)))
-        if number == 1 and config.kept:
-            excited = sorted((out / "parts").glob("excite-*.npz"))
-            for i, part in enumerate(_parts(config.kept)):
-                files.append(out / "data" / f"{source}-1-kept{i}.npz")
-                drives.append(Job(files[-1], keep_job, (excited, part, config.kept)))
-        labels += [Job(out / "labels" / file.name, label_job, (file, model, config)) for file in files]
-    workers.run("drive", drives)
-    if _needs_labels(config):
-        workers.run("label", labels)
+        runs = stages.runs("finetune", 0, mine.finetune_payloads, mine.steps, offset=number)
+        for file, part in jobs.driven(out, source, number, mine.finetune_payloads):
+            some = stages.Runs([runs.payloads[j] for j in part], runs.refs[part])
+            drives[file] = Job(file, jobs.drive, (some, model, mine, number))
+        excited = sorted((out / "parts").glob("excite-*.npz"))
+        for file, part in jobs.kept(out, source, number, mine.kept):
+            drives[file] = Job(file, jobs.keep, (excited, part, mine.kept))
+        if cell.method in NEEDS_LABELS:
+            for file in jobs.data_of(out, source, number, mine):
+                target = out / cell.labels / file.name
+                labels[target] = Job(target, jobs.label, (file, model, mine))
+    workers.run("drive", list(drives.values()))
+    workers.run("label", list(labels.values()))
 
 
-def _parts(count: int) -> list[np.ndarray]:
-    """Runs, some ten at a time: what a job takes in less than a minute."""
-    return np.array_split(np.arange(count), max(1, count // 10))
-
-
-def keep_job(output: Path, files: list[Path], part: np.ndarray, count: int, monitor: Any) -> None:
-    """Job: some of `count` runs of the data for pretraining, spread over the payloads."""
-    stored = [load_arrays(file) for file in files]
-    whole = {name: np.concatenate([part[name] for part in stored]) for name in stored[0]}
-    chosen = np.linspace(0, len(whole["xs"]) - 1, count).astype(int)[part]
-    save_arrays(output, **{name: value[chosen] for name, value in whole.items()})
-
-
-def collect_job(output: Path, chosen: Any, model: Path, config: Config, seed: int, monitor: Any) -> None:
-    """Job: closed loop for fine-tuning data."""
-    noise = config.dither * np.asarray(panda.U_MAX)
-    stages.collect(output, chosen, model, config.steps, noise, seed, monitor)
-
-
-def label_job(output: Path, file: Path, model: Path, config: Config, monitor: Any) -> None:
-    """Job: labels of the runs of one file."""
-    options = {"curvature": config.curvature}
-    stages.labelled(output, stages.load_logs(file), model, config.label_stride, options, monitor)
-
-
-def _needs_labels(config: Config) -> bool:
-    return bool(set(config.weightings) & set(NEEDS_LABELS))
-
-
-def _sources(config: Config, number: int) -> list[str]:
-    """The models that drive in a round: the pretrained ones, then the fine-tuned ones."""
-    if number == 1:
-        return [f"pretrained-{m}" for m in range(config.models)]
-    return [f"{cell.name}-r{number - 1}" for cell in cells(config)]
-
-
-def _finetune(config: Config, out: Path, workers: Workers, number: int) -> None:
-    jobs = []
-    for cell in cells(config):
-        start = f"pretrained-{cell.model}" if number == 1 else f"{cell.name}-r{number - 1}"
+def _finetune(config: Config, out: Path, workers: Workers, chosen: list[Cell], number: int) -> None:
+    todo = []
+    for cell in chosen:
+        mine = cell.config(config)
+        start = cell.start if number == 1 else f"{cell.name}-r{number - 1}"
         sources = [(f"pretrained-{cell.model}", 1), *((f"{cell.name}-r{n - 1}", n) for n in range(2, number + 1))]
-        files = [path for source, n in sources for path in sorted((out / "data").glob(f"{source}-{n}-*.npz"))]
+        files = tuple(path for source, n in sources for path in jobs.data_of(out, source, n, mine))
         output = out / "models" / f"{cell.name}-r{number}.npz"
-        jobs.append(Job(output, finetune_job, (out / "models" / f"{start}.npz", tuple(files), cell, config)))
-    workers.run("fine-tune", jobs)
+        todo.append(Job(output, jobs.finetune, (out / "models" / f"{start}.npz", files, cell, mine)))
+    workers.run("fine-tune", todo)
 
 
-def finetune_job(output: Path, start: Path, files: tuple[Path, ...], cell: Cell, config: Config, monitor: Any) -> None:
-    """Job: fine-tune one model."""
-    model = load_model(start)
-    samples, labels, held_out = _samples(files, start, config.label_stride, _needs_labels(config))
-    loss_weights = lambda which: weights(
-        cell.method, samples.take(which), {name: value[which] for name, value in labels.items()}, model, cell.p,
-        config.states, config.share, cell.seed,
-    )  # fmt: skip
-    training = Training(config.epochs, config.batch, config.learning_rate, seed=cell.seed, anchor=config.anchor)
-    validation = (samples.take(held_out), loss_weights(held_out)) if held_out.any() else None
-    stages.tailored(output, start, samples.take(~held_out), loss_weights(~held_out), validation, training, monitor)
+def _baselines(config: Config) -> dict[str, tuple]:
+    known = {kind: (kind, config, None, True) for kind in ("nominal", "oracle", "oracle_damping")}
+    return known | {f"pretrained-{m}": ("model", config, f"pretrained-{m}", True) for m in range(config.models)}
 
 
-@lru_cache(maxsize=2)
-def _samples(
-    files: tuple[Path, ...], model: Path, stride: int, labels: bool
-) -> tuple[Windows, dict[str, np.ndarray], np.ndarray]:
-    """Sound samples of the logs with their labels, and which of them are held out for validation (a tenth of runs)."""
-    logs = _logs(files)
-    samples = windows(logs, load_model(model), panda.HORIZON, stride=stride)
-    keep, found = stages.sound(logs, samples), {}
-    if labels:
-        found = _labels_of(files, logs, samples)
-        keep &= found["ok"]
-    held_out = samples.run % 10 == 9
-    return samples.take(keep), {name: value[keep] for name, value in found.items()}, held_out[keep]
+def _test(out: Path, workers: Workers, what: dict[str, tuple]) -> None:
+    todo = []
+    for name, (kind, config, model, episodes) in what.items():
+        path = None if model is None else out / "models" / f"{model}.npz"
+        todo.append(Job(out / "tests" / f"{name}.json", jobs.test, (kind, path, config, episodes)))
+    workers.run("test", todo)
 
 
-def _labels_of(files: tuple[Path, ...], logs: list[Log], samples: Windows) -> dict[str, np.ndarray]:
-    parts, first = [], 0
-    for file in files:
-        part = load_arrays(file.parent.parent / "labels" / file.name)
-        part["run"] = part["run"] + first
-        first += len(stages.load_logs(file))
-        parts.append(part)
-    found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    refs = np.stack([np.asarray(logs[run].refs)[step] for run, step in zip(samples.run, samples.step, strict=True)])
-    found["S_closed_loop"] = closed_loop_labels(found, samples.x0, refs)
-    return found
+def _protocols(config: Config, out: Path, workers: Workers, chosen: list[Cell]) -> None:
+    """Tests of the epochs before the last, of some weightings at the first p."""
+    mine = [c for c in chosen if c.study == "main" and c.p == config.rollouts[0] and c.method in config.protocols]
+    names = [f"epochs/{cell.final(config)}-e{epoch}" for cell in mine for epoch in range(1, config.epochs)]
+    _test(out, workers, {name: ("model", config, name, False) for name in names})
 
 
-@lru_cache(maxsize=2)
-def _logs(files: tuple[Path, ...]) -> list[Log]:
-    return [log for file in files for log in stages.load_logs(file)]
-
-
-def _evaluate(config: Config, out: Path, workers: Workers) -> None:
-    chosen = stages.runs("test", stages.TEST, config.tests, config.steps)
-    models = out / "models"
-    jobs = [
-        Job(out / "tests" / f"{kind}.json", stages.baseline, (kind, chosen, None, config.steps))
-        for kind in ("nominal", "oracle", "oracle_damping")
-    ]
-    names = [f"pretrained-{m}" for m in range(config.models)]
-    names += [f"{cell.name}-r{config.rounds}" for cell in cells(config)]
-    jobs += [
-        Job(out / "tests" / f"{name}.json", stages.baseline, ("model", chosen, models / f"{name}.npz", config.steps))
-        for name in names
-    ]
-    workers.run("test", jobs)
-
-
-def gather(config: Config, out: Path) -> None:
-    """Write what the report reads, from what the jobs have left."""
-    tests, rows, curves = out / "tests", [], []
-    common = {"study": "main", "variant": "", "split": "test", "last": True}
-    for kind in ("nominal", "oracle", "oracle_damping"):
-        head = {"model": -1, "method": kind, "p": 0, "seed": -1, "epoch": 0, "loss": np.nan}
-        rows += [common | head | row for row in read_json(tests / f"{kind}.json")]
-    for m in range(config.models):
-        head = {"model": m, "method": "pretrained", "p": 0, "seed": -1, "epoch": 0, "loss": np.nan}
-        rows += [common | head | row for row in read_json(tests / f"pretrained-{m}.json")]
-    for cell in cells(config):
-        name = f"{cell.name}-r{config.rounds}"
-        curve = read_json(out / "models" / f"{name}.json")
-        key = {"model": cell.model, "method": cell.method, "p": cell.p, "seed": cell.seed}
-        loss = curve["validation"][-1] if curve["validation"] else np.nan
-        rows += [
-            common | key | {"epoch": config.epochs, "loss": loss} | row for row in read_json(tests / f"{name}.json")
-        ]
-        for epoch, train in enumerate(curve["train"], 1):
-            held_out = curve["validation"][epoch - 1] if curve["validation"] else np.nan
-            losses = {"epoch": epoch, "train_loss": train, "validation_loss": held_out}
-            curves.append(key | {"study": "main", "variant": ""} | losses)
-    _write_table(out / "evaluations.parquet", rows)
-    _write_table(out / "curves.parquet", curves)
-    _gather_labels(config, out)
-    _gather_traces(config, out)
-    _gather_data(config, out)
-
-
-def _gather_labels(config: Config, out: Path) -> None:
-    if not _needs_labels(config):
+def _truth(config: Config, out: Path, workers: Workers, chosen: list[Cell]) -> None:
+    if not config.truth:
         return
-    table, maps = {}, {}
+    p = config.rollouts[0]
+    todo = [
+        Job(out / "truth" / f"model-{m}.npz", check, (out / "models" / f"stand-p{p}-m{m}-s0-r1.npz", config))
+        for m in range(config.models)
+    ]
+    workers.run("truth", todo)
+    main = [cell for cell in chosen if cell.study == "main" and cell.p == p]
+    todo = []
     for m in range(config.models):
-        files = tuple(sorted((out / "data").glob(f"pretrained-{m}-1-*.npz")))
-        logs = _logs(files)
-        model = load_model(out / "models" / f"pretrained-{m}.npz")
-        samples = windows(logs, model, panda.HORIZON, stride=config.label_stride)
-        found = _labels_of(files, logs, samples)
-        ok = found["ok"] & stages.sound(logs, samples)
-        table[str(m)] = {}
-        for variant, S in (("ours", found["S"]), ("closed_loop", found["S_closed_loop"])):
-            q = S[ok][:, :4, :7]
-            table[str(m)][variant] = {
-                "samples": int(ok.sum()), "failed": int((~found["ok"]).sum()), "explained": explained(q),
-                "cv": (q.std((0, 1)) / q.mean((0, 1))).tolist(),
-            }  # fmt: skip
-            maps[f"S_{variant}"] = S[ok].mean(0)
-    write_json(out / "labels.json", table)
-    save_arrays(out / "maps.npz", **maps)
-
-
-def _gather_traces(config: Config, out: Path) -> None:
-    """Episodes of one environment, and spectra of the velocity error over all, of the first model and seed."""
-    example = min(3, config.tests - 1)
-    methods = {"pretrained": "pretrained-0", "oracle_damping": "oracle_damping"}
-    methods |= {
-        method: f"{Cell(0, method, config.rollouts[-1], 0).name}-r{config.rounds}" for method in config.weightings
-    }
-    traces, spectra = {}, {}
-    for method, name in methods.items():
-        logs = stages.load_logs(out / "tests" / f"{name}.npz")
-        log = logs[example]
-        traces |= {f"x_{method}": log.xs, f"u_{method}": log.us, "reference": log.refs}
-        errors = np.stack([log.xs[:, 7:] - np.asarray(log.refs)[:, 7:] for log in logs])
-        spectra[method] = np.median(np.abs(np.fft.rfft(errors, axis=1)) ** 2, 0)
-    save_arrays(out / "traces.npz", t=panda.DT * np.arange(config.steps + 1), **traces)
-    save_arrays(out / "spectrum.npz", frequencies=np.fft.rfftfreq(config.steps + 1, panda.DT), **spectra)
-
-
-def _gather_data(config: Config, out: Path) -> None:
-    files = tuple(sorted((out / "data").glob("pretrained-0-1-*.npz")))
-    model = load_model(out / "models" / "pretrained-0.npz")
-    samples = windows(_logs(files), model, panda.HORIZON, stride=config.label_stride)
-    kept = int(stages.sound(_logs(files), samples).sum())
-    write_json(out / "data.json", {"runs": len(_logs(files)), "samples": samples.size, "left out": samples.size - kept,
-               "pretraining samples": read_json(out / "models" / "pretrained-0.json")["num_samples"]})  # fmt: skip
-    folder = out / "dataset"
-    if not (folder / "meta" / "info.json").exists():
-        joints = [f"joint{i + 1}" for i in range(7)]
-        write_lerobot(folder, _logs(files), robot="panda", joints=joints, task="follow the reference")
-
-
-def _write_table(path: Path, rows: list[dict]) -> None:
-    with replacing_file(path) as new:
-        pq.write_table(pa.Table.from_pylist(rows), new)
+        names = [f"pretrained-{m}", *(cell.final(config) for cell in main if cell.model == m)]
+        files = tuple(jobs.data_of(out, f"pretrained-{m}", 1, config))
+        todo.append(Job(out / "truth" / f"losses-{m}.json", agreement, (files, out / "models", names, config)))
+    workers.run("losses", todo)
 
 
 def _claim(out: Path, config: Config, command: str) -> None:

@@ -5,6 +5,7 @@ each use, by seed. Runs go bad where torques saturate for long: samples with a j
 reference or accelerated beyond `MAX_ACCELERATION` are left out of training, and counted.
 """
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,9 +65,9 @@ def plants(payloads: list[int]) -> Plants:
     return Plants([panda.mj_model(known[i]) for i in payloads], panda.DT, num_threads=1)
 
 
-def nominal() -> RigidBody:
-    """The robot as its maker describes it: no payload, no damping."""
-    return from_mujoco(panda.mj_model(damping=0.0))
+def nominal(damping: float = 0.0) -> RigidBody:
+    """The robot as its maker describes it: no payload, and no damping unless that is given."""
+    return from_mujoco(panda.mj_model(damping=damping))
 
 
 def true_bodies(payloads: list[int], damping: float) -> RigidBody:
@@ -109,7 +110,7 @@ def _lqr_torques(bodies: RigidBody, xs: Array, refs: Array) -> Array:
 def pretrained(output: Path, logs: list[Log], config: Any, seed: int, monitor: Any) -> None:
     """A model trained on the torques that the payloads need."""
     model = CaDeLaC(
-        nominal(), widths=config.widths, num_contexts=config.num_contexts, hidden=config.hidden,
+        nominal(config.damping), widths=config.widths, num_contexts=config.num_contexts, hidden=config.hidden,
         num_layers=config.num_layers, key=jax.random.key(seed),
     )  # fmt: skip
     samples = torque_samples(logs, model, config.pretrain_stride)
@@ -201,27 +202,30 @@ def evaluate(chosen: Runs, tracker: Tracker, num_steps: int, monitor: Any) -> tu
     return rows, result
 
 
-def baseline(output: Path, kind: str, chosen: Runs, model: Path | None, num_steps: int, monitor: Any) -> None:
-    """Evaluate a controller that is not fine-tuned; the episodes are kept."""
+def tested(
+    output: Path, kind: str, chosen: Runs, model: Path | None, num_steps: int, episodes: bool, monitor: Any
+) -> None:
+    """Evaluate a controller; the episodes are kept if asked for."""
     tracker = controller(kind, chosen.payloads, None if model is None else load_model(model))
     rows, result = evaluate(chosen, tracker, num_steps, monitor)
-    _save_logs(output.with_suffix(".npz"), result)
+    if episodes:
+        _save_logs(output.with_suffix(".npz"), result)
     write_json(output, rows)
 
 
-def labelled(output: Path, logs: list[Log], model: Path, stride: int, options: dict, monitor: Any) -> None:
+def labelled(output: Path, logs: list[Log], model: Path, stride: int, tau: float, options: dict, monitor: Any) -> None:
     """Labels of all samples of some runs, and the Jacobians of the model along them.
 
     The solves start from the executed trajectory, and run until they have converged.
     """
-    belief = load_model(model)
+    belief, solver = load_model(model), replace(_LABEL_SOLVER, tau=tau)
     problem, parts = panda.problem(ArmDynamics(panda.DT)), []
     samples = windows(logs, belief, problem.horizon, stride=stride)
     for start in range(0, samples.size, _CHUNK):
         which = np.arange(start, start + _CHUNK) % samples.size  # the last chunk is filled up: one shape compiles once
         chosen = samples.take(which)
         arrays = (chosen.x0, chosen.us, chosen.xs, chosen.history.astype(float), references_ahead(logs, chosen))
-        parts.append(jax.tree.map(_narrow, _labels(problem, belief, *map(jnp.asarray, arrays), **options)))
+        parts.append(jax.tree.map(_narrow, _labels(problem, belief, solver, *map(jnp.asarray, arrays), **options)))
         monitor(min(start + _CHUNK, samples.size), samples.size)
     found = {name: np.concatenate([part[name] for part in parts])[: samples.size] for name in parts[0]}
     save_arrays(output, run=samples.run, step=samples.step, **found)
@@ -241,11 +245,11 @@ def _narrow(leaf: Any) -> np.ndarray:
 
 
 @eqx.filter_jit
-def _labels(problem, model, x0, us, xs, past, refs, **options) -> dict[str, Array]:
+def _labels(problem, model, solver, x0, us, xs, past, refs, **options) -> dict[str, Array]:
     def one(x0, us, xs, past, refs):
         theta = Theta(model, model.context(past), refs)
         start = guess(jnp.concatenate([x0[None], xs]), us)
-        found = label(problem, theta, x0, solver=_LABEL_SOLVER, guess=start, **options)
+        found = label(problem, theta, x0, solver=solver, guess=start, **options)
         return {
             "S": found.S, "du0_de": found.du0_de, "du0_derror": trajectory_error(found.A, found.du0_de),
             "du0_dx0": found.du0_dx0, "dJ_du0": found.dJ_du0, "Lambda": found.Lambda, "A": found.A[0],
@@ -256,14 +260,16 @@ def _labels(problem, model, x0, us, xs, past, refs, **options) -> dict[str, Arra
 
 
 def tailored(
-    output: Path, model: Path, samples: Windows, weights: Any, validation: Any, training: Training, monitor: Any
-) -> None:
+    output: Path, model: Path, samples: Windows, weights: Any, validation: Any, training: Training, monitor: Any,
+    after_epoch: Any = None,
+) -> None:  # fmt: skip
     """Fine-tune under some weights."""
     checkpoint = output.with_suffix(".checkpoint")
     start = as_type(load_model(model), jnp.float32)
     trained, curve = fit(
-        start, samples, weights, training, dt=panda.DT, validation=validation, checkpoint=checkpoint, monitor=monitor
-    )
+        start, samples, weights, training, dt=panda.DT, validation=validation, checkpoint=checkpoint, monitor=monitor,
+        after_epoch=after_epoch,
+    )  # fmt: skip
     write_json(output.with_suffix(".json"), {"train": curve.train, "validation": curve.validation})
     save_model(output, as_type(trained, jnp.float64))
     checkpoint.unlink(missing_ok=True)

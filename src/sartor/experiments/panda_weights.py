@@ -1,6 +1,6 @@
 """The weightings that the Panda experiment compares, from labels and the statistics of the data."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import equinox as eqx
 import numpy as np
@@ -28,8 +28,8 @@ NEEDS_LABELS = ("ours", "ours_avg", "ours_shuffled", "regret", "regret_env", "cl
 
 
 def weights(
-    method: str, samples: Windows, labels: dict[str, np.ndarray], model: AbstractModel, num_steps: int, states: States,
-    share: float = 0.0, seed: int = 0,
+    method: str, samples: Windows, labels: dict[str, np.ndarray], model: AbstractModel, num_steps: int, config: Any,
+    seed: int = 0,
 ) -> Weights:  # fmt: skip
     """Weights of some samples.
 
@@ -39,10 +39,11 @@ def weights(
         labels: Arrays of their labels, as `labelled` writes them, with `S_closed_loop`.
         model: The model before training, which the `_env` methods measure environments with.
         num_steps: p.
-        states: Which states count.
-        share: Of the uniform loss (`stand`) that is mixed in.
+        config: Its `states` (which count), `share` (of the uniform loss that is mixed in), and `error`, `combine` and
+            `eps` of the labels.
         seed: Of the permutation of `ours_shuffled`.
     """
+    states: States = config.states
     name, robust = method.removesuffix("_env"), method.endswith("_env")
     uniform = constant(1.0 / samples.xs.std((0, 1)), samples.size, num_steps, states)
     if name in ("ones", "stand", "norm", "mpc_cost"):
@@ -50,18 +51,29 @@ def weights(
     elif name == "regret":
         found = from_factors(_regret_factors(labels), num_steps, states)
     else:
-        S = labels["S_closed_loop"] if name == "closed_loop" else labels["S"]
+        S = labels["S_closed_loop"] if name == "closed_loop" else combined(labels, config)
         if name == "ours_avg":
             S = np.broadcast_to(S.mean(0), S.shape)
         elif name == "ours_shuffled":
             S = S[np.random.default_rng(seed).permutation(len(S))]
         found = from_labels(S, num_steps, states)
-    if share > 0.0 and isinstance(found, Elementwise):
-        found = mix(found, uniform, share)
+    if config.share > 0.0 and isinstance(found, Elementwise):
+        found = mix(found, uniform, config.share)
     if robust:
         before = losses(eqx.Partial(rollout_loss, panda.DT), model, (samples, uniform))
         found = scaled(found, per_environment(before, samples.environment))
     return found
+
+
+def combined(labels: dict[str, np.ndarray], config: Any) -> np.ndarray:
+    """S = |Σ_j g_j du_0[j]/de| or Σ_j |g_j du_0[j]/de| from the parts of labels, (B, N, nx).
+
+    The slopes g at ε = 0.1 Nm are those of any other ε up to its size: at a bound, where they are multipliers instead,
+    du_0/de is zero.
+    """
+    g = labels["dJ_du0"] * (0.01 * np.asarray(panda.U_MAX) / 0.1 if config.eps == "limits" else 1.0)
+    terms = g[:, :, None, None] * labels["du0_derror" if config.error == "trajectory" else "du0_de"]
+    return np.abs(terms.sum(1)) if config.combine == "signed" else np.abs(terms).sum(1)
 
 
 def closed_loop_labels(labels: dict[str, np.ndarray], xs: np.ndarray, refs: np.ndarray) -> np.ndarray:

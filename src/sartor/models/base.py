@@ -178,7 +178,7 @@ def _acceleration_fwd(perturbed: Any, known: tuple) -> tuple[Array, tuple[Array,
 
 @_acceleration.def_bwd
 def _acceleration_bwd(kept: tuple, cotangent: Array, perturbed: Any, known: tuple) -> Any:
-    (model, z, q, qd, _), (qdd, root) = known, kept
+    qdd, root = kept
     sigma = root.T @ (root @ cotangent)
     free, fixed = eqx.partition(known, perturbed)
 

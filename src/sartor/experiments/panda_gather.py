@@ -1,0 +1,162 @@
+"""From the files that the jobs of a Panda run have left to those that the report reads."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from scipy.stats import spearmanr
+
+from sartor import pairing
+from sartor.experiments import panda_jobs as jobs
+from sartor.experiments import panda_stages as stages
+from sartor.experiments.panda_studies import Cell, cells
+from sartor.experiments.panda_truth import correlations
+from sartor.experiments.panda_weights import NEEDS_LABELS, combined
+from sartor.files import read_json, replacing_file, save_arrays, write_json
+from sartor.lerobot import write_lerobot
+from sartor.models.store import load_model
+from sartor.systems import panda
+from sartor.train import windows
+from sartor.weights import explained
+
+
+def gather(config: Any, out: Path) -> None:
+    """Write what the report reads, as far as it is there."""
+    done = [cell for cell in cells(config) if (out / "tests" / f"{cell.final(config)}.json").exists()]
+    rows = _baselines(config, out) + [row for cell in done for row in _episodes(config, out, cell)]
+    if config.studies and "capacity" in config.studies:
+        rows += _published_size(config, rows)
+    _write_table(out / "evaluations.parquet", rows)
+    _write_table(out / "curves.parquet", [row for cell in done for row in _curve(config, out, cell)])
+    _labels(config, out)
+    _traces(config, out, done)
+    _data(config, out)
+    _truth(config, out, rows)
+
+
+def _baselines(config: Any, out: Path) -> list[dict]:
+    rows = []
+    kinds = {kind: -1 for kind in ("nominal", "oracle", "oracle_damping")}
+    kinds |= {f"pretrained-{m}": m for m in range(config.models)}
+    for name, model in kinds.items():
+        key = {"model": model, "method": name.split("-")[0], "p": 0, "seed": -1, "study": "main", "variant": ""}
+        rows += _rows(out / "tests" / f"{name}.json", key, 0, np.nan, True)
+    return rows
+
+
+def _episodes(config: Any, out: Path, cell: Cell) -> list[dict]:
+    """Rows of a cell, those of its earlier epochs included."""
+    name, key = cell.final(config), cell._asdict()
+    held_out = read_json(out / "models" / f"{name}.json")["validation"] or [np.nan] * config.epochs
+    rows = []
+    for epoch in range(1, config.epochs):
+        path = out / "tests" / "epochs" / f"{name}-e{epoch}.json"
+        rows += _rows(path, key, epoch, held_out[epoch - 1], False) if path.exists() else []
+    return rows + _rows(out / "tests" / f"{name}.json", key, config.epochs, held_out[-1], True)
+
+
+def _rows(path: Path, key: dict[str, Any], epoch: int, loss: float, last: bool) -> list[dict]:
+    split = lambda row: "validation" if row["environment"] >= stages.VALIDATION else "test"
+    common = key | {"epoch": epoch, "loss": loss, "last": last}
+    return [common | {"split": split(row)} | row for row in read_json(path)]
+
+
+def _published_size(config: Any, rows: list[dict]) -> list[dict]:
+    """The main study's models of the same seeds, as a size among others."""
+    same = {"study": "capacity", "variant": str(list(config.widths))}
+    mine = lambda r: r["study"] == "main" and r["p"] == config.rollouts[0] and r["last"]
+    chosen = [row for row in rows if mine(row) and row["method"] in ("stand", "ours")]
+    return [row | same for row in chosen if row["seed"] < config.study_seeds]
+
+
+def _curve(config: Any, out: Path, cell: Cell) -> list[dict]:
+    curve = read_json(out / "models" / f"{cell.final(config)}.json")
+    held_out = curve["validation"] or [np.nan] * len(curve["train"])
+    pairs = zip(curve["train"], held_out, strict=True)
+    return [cell._asdict() | {"epoch": i, "train_loss": a, "validation_loss": b} for i, (a, b) in enumerate(pairs, 1)]
+
+
+def _labels(config: Any, out: Path) -> None:
+    if not set(config.weightings) & set(NEEDS_LABELS):
+        return
+    table, maps = {}, {}
+    sets = dict.fromkeys((cell.labels, cell.variant if cell.labels != "labels" else "") for cell in cells(config))
+    for m in range(config.models):
+        files = tuple(jobs.data_of(out, f"pretrained-{m}", 1, config))
+        logs = jobs.logs_of(files)
+        samples = windows(logs, load_model(out / "models" / f"pretrained-{m}.npz"), panda.HORIZON,
+                          stride=config.label_stride)  # fmt: skip
+        table[str(m)] = {}
+        for folder, variant in sets:
+            if not all((out / folder / file.name).exists() for file in files):
+                continue
+            found = jobs.labels_of(files, folder, logs, samples)
+            ok = found["ok"] & stages.sound(logs, samples)
+            kinds = {"closed_loop": found["S_closed_loop"]} if not variant else {}
+            for name, S in {"ours": combined(found, config), **kinds}.items():
+                q = S[ok][:, :4, :7]
+                table[str(m)][f"{name}, {variant}" if variant else name] = {
+                    "samples": int(ok.sum()), "failed": int((~found["ok"]).sum()), "explained": explained(q),
+                    "cv": (q.std((0, 1)) / q.mean((0, 1))).tolist(),
+                }  # fmt: skip
+                if not variant:
+                    maps[f"S_{name}"] = S[ok].mean(0)
+    write_json(out / "labels.json", table)
+    save_arrays(out / "maps.npz", **maps)
+
+
+def _traces(config: Any, out: Path, done: list[Cell]) -> None:
+    """Episodes of one environment, and spectra of the velocity error over all, of the first model and seed."""
+    example = min(3, config.tests - 1)
+    names = {"pretrained": "pretrained-0", "oracle_damping": "oracle_damping"}
+    first = [c for c in done if c.study == "main" and c.p == config.rollouts[0] and c.model == c.seed == 0]
+    traces, spectra = {}, {}
+    for method, name in (names | {cell.method: cell.final(config) for cell in first}).items():
+        logs = stages.load_logs(out / "tests" / f"{name}.npz")[: config.tests]
+        log = logs[example]
+        traces |= {f"x_{method}": log.xs, f"u_{method}": log.us, "reference": log.refs}
+        errors = np.stack([log.xs[:, 7:] - np.asarray(log.refs)[:, 7:] for log in logs])
+        spectra[method] = np.median(np.abs(np.fft.rfft(errors, axis=1)) ** 2, 0)
+    save_arrays(out / "traces.npz", t=panda.DT * np.arange(config.steps + 1), **traces)
+    save_arrays(out / "spectrum.npz", frequencies=np.fft.rfftfreq(config.steps + 1, panda.DT), **spectra)
+
+
+def _data(config: Any, out: Path) -> None:
+    files = tuple(jobs.data_of(out, "pretrained-0", 1, config))
+    logs, model = jobs.logs_of(files), load_model(out / "models" / "pretrained-0.npz")
+    samples = windows(logs, model, panda.HORIZON, stride=config.label_stride)
+    kept = int(stages.sound(logs, samples).sum())
+    write_json(out / "data.json", {"runs": len(logs), "samples": samples.size, "left out": samples.size - kept,
+               "pretraining samples": read_json(out / "models" / "pretrained-0.json")["num_samples"]})  # fmt: skip
+    folder = out / "dataset"
+    if not (folder / "meta" / "info.json").exists():
+        joints = [f"joint{i + 1}" for i in range(7)]
+        write_lerobot(folder, logs, robot="panda", joints=joints, task="follow the reference")
+
+
+def _truth(config: Any, out: Path, rows: list[dict]) -> None:
+    files = [out / "truth" / f"{kind}-{m}" for kind in ("model", "losses") for m in range(config.models)]
+    names = [file.with_suffix(".npz" if "model" in file.name else ".json") for file in files]
+    if not config.truth or not all(name.exists() for name in names):
+        return
+    table = pairing.columns(pa.Table.from_pylist(rows))
+    unsaturated = sorted(set(range(stages.TEST, stages.TEST + config.tests)) - pairing.saturated_environments(table))
+    found: dict[str, list[float]] = {}
+    for m in range(config.models):
+        losses = read_json(out / "truth" / f"losses-{m}.json")
+        costs = []
+        for name in losses:
+            episodes = {row["environment"]: row["J"] for row in read_json(out / "tests" / f"{name}.json")}
+            costs.append(np.log([episodes[e] for e in unsaturated]).mean())
+        for kind in next(iter(losses.values())):
+            values = [losses[name][kind] for name in losses]
+            found.setdefault(kind, []).append(float(np.asarray(spearmanr(values, costs))[0]))
+    predicts = {kind: float(np.mean(values)) for kind, values in found.items()}
+    write_json(out / "truth.json", {"rows": correlations(names[: config.models]), "predicts": predicts})
+
+
+def _write_table(path: Path, rows: list[dict]) -> None:
+    with replacing_file(path) as new:
+        pq.write_table(pa.Table.from_pylist(rows), new)

@@ -1,0 +1,135 @@
+"""The jobs of the Panda experiment: each makes one file of the run folder from others."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sartor.data import Log
+from sartor.experiments import panda_stages as stages
+from sartor.experiments.panda_studies import Cell
+from sartor.experiments.panda_weights import NEEDS_LABELS, closed_loop_labels, weights
+from sartor.files import load_arrays, save_arrays
+from sartor.models.store import load_model, save_model
+from sartor.systems import panda
+from sartor.train import Config as Training
+from sartor.train import Windows, windows
+
+Part = tuple[Path, np.ndarray]
+"""A file, and which runs it holds."""
+
+
+def driven(out: Path, source: str, number: int, payloads: int) -> list[Part]:
+    """Files of the closed loops that a model drives in a round, some ten at a time: less than a minute of work."""
+    parts = np.array_split(np.arange(payloads), max(1, payloads // 10))
+    return [(out / "data" / f"{source}-{number}-{i}.npz", part) for i, part in enumerate(parts)]
+
+
+def kept(out: Path, source: str, number: int, count: int) -> list[Part]:
+    """Files of the data for pretraining that are kept beside those of the first round."""
+    parts = np.array_split(np.arange(count), max(1, count // 10)) if number == 1 and count > 0 else []
+    return [(out / "data" / f"{source}-{number}-kept{i}.npz", part) for i, part in enumerate(parts)]
+
+
+def data_of(out: Path, source: str, number: int, config: Any) -> list[Path]:
+    """All files of data of a round."""
+    parts = driven(out, source, number, config.finetune_payloads) + kept(out, source, number, config.kept)
+    return [file for file, _ in parts]
+
+
+def pretrain(output: Path, files: list[Path], config: Any, seed: int, monitor: Any) -> None:
+    """Pretrain one model."""
+    stages.pretrained(output, logs_of(tuple(files)), config, seed, monitor)
+
+
+def keep(output: Path, files: list[Path], part: np.ndarray, count: int, monitor: Any) -> None:
+    """Some of `count` runs of the data for pretraining, spread over the payloads."""
+    stored = [load_arrays(file) for file in files]
+    whole = {name: np.concatenate([part[name] for part in stored]) for name in stored[0]}
+    chosen = np.linspace(0, len(whole["xs"]) - 1, count).astype(int)[part]
+    save_arrays(output, **{name: value[chosen] for name, value in whole.items()})
+
+
+def drive(output: Path, chosen: stages.Runs, model: Path, config: Any, seed: int, monitor: Any) -> None:
+    """Closed loop for fine-tuning data."""
+    noise = config.dither * np.asarray(panda.U_MAX)
+    stages.collect(output, chosen, model, config.steps, noise, seed, monitor)
+
+
+def label(output: Path, file: Path, model: Path, config: Any, monitor: Any) -> None:
+    """Labels of the runs of one file."""
+    options = {"curvature": config.curvature, "method": config.sensitivity}
+    stages.labelled(output, stages.load_logs(file), model, config.label_stride, config.tau, options, monitor)
+
+
+def finetune(output: Path, start: Path, files: tuple[Path, ...], cell: Cell, config: Any, monitor: Any) -> None:
+    """Fine-tune one model; those of the epochs before the last are kept too."""
+    model, needed = load_model(start), cell.method in NEEDS_LABELS
+    samples, labels, held_out = training_samples(files, start, config.label_stride, cell.labels if needed else "")
+    loss_weights = lambda which: weights(
+        cell.method, samples.take(which), {name: value[which] for name, value in labels.items()}, model, cell.p,
+        config, cell.seed,
+    )  # fmt: skip
+    training = Training(config.epochs, config.batch, config.learning_rate, seed=cell.seed, anchor=config.anchor)
+    validation = (samples.take(held_out), loss_weights(held_out)) if held_out.any() else None
+
+    def after_epoch(epoch: int, model: Any) -> None:
+        path = output.parent / "epochs" / f"{output.stem}-e{epoch + 1}.npz"
+        path.parent.mkdir(exist_ok=True)
+        save_model(path, stages.as_type(model, float))
+
+    keep_epochs = after_epoch if cell.study == "main" and cell.method in config.protocols else None
+    stages.tailored(
+        output, start, samples.take(~held_out), loss_weights(~held_out), validation, training, monitor, keep_epochs
+    )
+
+
+def test(output: Path, kind: str, model: Path | None, config: Any, episodes: bool, monitor: Any) -> None:
+    """Test and validation episodes of one controller; their metrics, and all of them if `episodes`."""
+    chosen = stages.runs("test", stages.TEST, config.tests, config.steps)
+    if config.validation:
+        more = stages.runs("validation", stages.VALIDATION, config.validation, config.steps)
+        chosen = stages.Runs(chosen.payloads + more.payloads, np.concatenate([chosen.refs, more.refs]))
+    stages.tested(output, kind, chosen, model, config.steps, episodes, monitor)
+
+
+@lru_cache(maxsize=2)
+def training_samples(
+    files: tuple[Path, ...], model: Path, stride: int, labels: str
+) -> tuple[Windows, dict[str, np.ndarray], np.ndarray]:
+    """Sound samples of the logs with their labels, and which of them are held out for validation (a tenth of runs).
+
+    A sample whose label failed stays, with a label of zero: all weightings see the same samples in the same order.
+    """
+    logs = logs_of(files)
+    samples = windows(logs, load_model(model), panda.HORIZON, stride=stride)
+    keep, found = stages.sound(logs, samples), {}
+    if labels:
+        found = labels_of(files, labels, logs, samples)
+    held_out = samples.run % 10 == 9
+    return samples.take(keep), {name: value[keep] for name, value in found.items()}, held_out[keep]
+
+
+def labels_of(files: tuple[Path, ...], folder: str, logs: list[Log], samples: Windows) -> dict[str, np.ndarray]:
+    """Labels of all samples, in their order; those that failed are zero."""
+    parts, first = [], 0
+    for file in files:
+        part = load_arrays(file.parent.parent / folder / file.name)
+        part["run"] = part["run"] + first
+        first += len(stages.load_logs(file))
+        parts.append(part)
+    found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    failed = ~found["ok"]
+    for value in found.values():
+        if value.dtype.kind == "f":
+            value[failed] = 0.0
+    refs = np.stack([np.asarray(logs[run].refs)[step] for run, step in zip(samples.run, samples.step, strict=True)])
+    found["S_closed_loop"] = closed_loop_labels(found, samples.x0, refs)
+    return found
+
+
+@lru_cache(maxsize=2)
+def logs_of(files: tuple[Path, ...]) -> list[Log]:
+    """Logs of some files."""
+    return [log for file in files for log in stages.load_logs(file)]

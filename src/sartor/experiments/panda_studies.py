@@ -1,0 +1,109 @@
+"""What the Panda experiment compares beside the weighting: one thing is changed at a time, all else stays."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
+
+Study = Literal["ablation", "capacity", "rounds"]
+
+_BOTH = ("stand", "ours")
+VARIANTS: dict[str, list[tuple[str, tuple[str, ...], dict[str, Any]]]] = {
+    "ablation": [
+        ("trajectory error", ("ours",), {"error": "trajectory"}),
+        ("sum of magnitudes", ("ours",), {"combine": "absolute"}),
+        ("Gauss-Newton", ("ours",), {"curvature": "gauss_newton"}),
+        ("first control fixed", ("ours",), {"sensitivity": "resolve"}),
+        ("eps by torque limit", ("ours",), {"eps": "limits"}),
+        ("barrier 0.001", ("ours",), {"tau": 1e-3}),
+        ("half mixed", ("ours",), {"share": 0.5}),
+        ("velocities", _BOTH, {"states": "qd"}),
+        ("positions and velocities", _BOTH, {"states": "both"}),
+        ("half the payloads", _BOTH, {"finetune_payloads": 30}),
+        ("100 payloads", _BOTH, {"finetune_payloads": 100}),
+        ("no excitation kept", _BOTH, {"kept": -1}),
+        ("no anchor", _BOTH, {"anchor": 0.0}),
+        ("damping known", _BOTH, {"damping": 1.0}),
+        ("context of 2", _BOTH, {"num_contexts": 2}),
+    ],
+    "capacity": [
+        ("[8, 8]", _BOTH, {"widths": (8, 8)}),
+        ("[16, 12]", _BOTH, {"widths": (16, 12)}),
+        ("[60, 40]", _BOTH, {"widths": (60, 40)}),
+    ],
+    "rounds": [
+        ("two rounds", ("stand", "ours", "stand_env"), {"rounds": 2}),
+        ("two rounds, dither", ("stand",), {"rounds": 2, "dither": 0.02}),
+    ],
+}
+"""By study: a name, the weightings, and the fields of the configuration that differ."""
+OF_MODEL = ("widths", "num_contexts", "hidden", "num_layers", "damping")
+OF_LABELS = ("curvature", "tau", "sensitivity")
+
+
+class Cell(NamedTuple):
+    """One fine-tuned model."""
+
+    model: int
+    method: str
+    p: int
+    seed: int
+    study: str = "main"
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.method}-p{self.p}-m{self.model}-s{self.seed}{suffix(self.variant)}"
+
+    def config(self, config: Any) -> Any:
+        """The configuration with what is different for this model."""
+        return replace(config, **overrides(self))
+
+    def final(self, config: Any) -> str:
+        """Name of the model of the last round."""
+        return f"{self.name}-r{self.config(config).rounds}"
+
+    @property
+    def start(self) -> str:
+        """Name of the pretrained model that it starts from."""
+        own = any(name in overrides(self) for name in OF_MODEL)
+        return f"pretrained-{self.model}{suffix(self.variant) if own else ''}"
+
+    @property
+    def labels(self) -> str:
+        """Folder of its labels."""
+        own = any(name in overrides(self) for name in OF_LABELS)
+        return f"labels{suffix(self.variant) if own else ''}"
+
+
+def cells(config: Any) -> list[Cell]:
+    """All models to be fine-tuned: those of the first p, the studies, then those of the other p."""
+    first, *rest = (list(_main(config, p)) for p in config.rollouts)
+    return [*first, *_studies(config), *(cell for of_p in rest for cell in of_p)]
+
+
+def overrides(cell: Cell) -> dict[str, Any]:
+    """Fields of the configuration that differ for a cell."""
+    return next((changed for name, _, changed in VARIANTS.get(cell.study, []) if name == cell.variant), {})
+
+
+def suffix(variant: str) -> str:
+    """A variant in the name of a file."""
+    return "-" + re.sub(r"[^a-z0-9]+", "_", variant.lower()).strip("_") if variant else ""
+
+
+def _main(config: Any, p: int) -> Iterator[Cell]:
+    for seed in range(config.seeds):
+        for model in range(config.models):
+            for method in config.weightings:
+                yield Cell(model, method, p, seed)
+
+
+def _studies(config: Any) -> Iterator[Cell]:
+    for seed in range(min(config.study_seeds, config.seeds)):
+        for study in config.studies:
+            for variant, methods, _ in VARIANTS[study]:
+                for model in range(config.models):
+                    for method in methods:
+                        yield Cell(model, method, config.rollouts[0], seed, study, variant)

@@ -1,0 +1,128 @@
+"""What the Panda experiment varies, how labels are combined, and how they are compared with the truth."""
+
+import numpy as np
+import pytest
+
+from sartor.experiments import panda_jobs as jobs
+from sartor.experiments.panda import Config
+from sartor.experiments.panda_studies import VARIANTS, Cell, cells
+from sartor.experiments.panda_truth import correlations
+from sartor.experiments.panda_weights import closed_loop_labels, combined, weights
+from sartor.files import save_arrays
+from sartor.systems import panda
+from sartor.train import Windows
+
+PAPER = Config(preset="paper").resolved()
+
+
+def test_every_model_has_files_of_its_own():
+    chosen = cells(PAPER)
+    assert len({cell.final(PAPER) for cell in chosen}) == len(chosen)
+
+
+def test_the_whole_table_has_the_size_that_was_asked_for():
+    main = [cell for cell in cells(PAPER) if cell.study == "main"]
+    assert len(main) == 11 * 3 * 2 * 5
+    assert [cell.p for cell in main[:: 11 * 2 * 5]] == list(PAPER.rollouts)
+
+
+def test_variants_change_fields_that_exist_and_say_so_in_their_names():
+    fields = PAPER.__dataclass_fields__
+    for variants in VARIANTS.values():
+        for _, methods, changed in variants:
+            assert methods and changed and set(changed) <= set(fields)
+            assert all(changed[name] != getattr(PAPER, name) for name in changed)
+    smaller = Cell(0, "ours", 4, 1, "capacity", "[8, 8]")
+    assert smaller.name == "ours-p4-m0-s1-8_8" and smaller.start == "pretrained-0-8_8" and smaller.labels == "labels"
+    assert smaller.config(PAPER).widths == (8, 8)
+    other = Cell(1, "ours", 4, 0, "ablation", "Gauss-Newton")
+    assert other.start == "pretrained-1" and other.labels == "labels-gauss_newton"
+
+
+def test_more_payloads_share_the_files_of_fewer(tmp_path):
+    few, many = (dict(jobs.driven(tmp_path, "pretrained-0", 1, count)) for count in (30, 100))
+    assert all(np.array_equal(many[file], runs) for file, runs in few.items())
+    assert sum(map(len, many.values())) == 100
+
+
+# --- Labels ----------------------------------------------------------------------------------------------------------
+
+
+def some_labels(count, seed=0):
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: rng.normal(size=(count, *shape))
+    return {
+        "dJ_du0": np.abs(normal(7)), "du0_de": normal(7, 12, 14), "du0_derror": normal(7, 12, 14),
+        "du0_dx0": 0.1 * normal(7, 14), "Lambda": np.tile(np.eye(7), (count, 1, 1)), "S": np.abs(normal(12, 14)),
+        "A": np.eye(14) + 0.1 * normal(14, 14), "B": 0.1 * normal(14, 7), "ok": np.ones(count, bool),
+        "run": np.zeros(count, int), "step": np.arange(count), "S_closed_loop": np.abs(normal(12, 14)),
+    }  # fmt: skip
+
+
+def test_labels_are_combined_as_the_configuration_says():
+    found = some_labels(3)
+    g, d = found["dJ_du0"], found["du0_de"]
+    signed = combined(found, PAPER)
+    np.testing.assert_allclose(signed[1, 2, 3], abs(sum(g[1, j] * d[1, j, 2, 3] for j in range(7))))
+    absolute = combined(found, Cell(0, "ours", 4, 0, "ablation", "sum of magnitudes").config(PAPER))
+    np.testing.assert_allclose(absolute[1, 2, 3], sum(abs(g[1, j] * d[1, j, 2, 3]) for j in range(7)))
+    assert np.all(absolute >= signed)
+    by_limit = combined(found, Cell(0, "ours", 4, 0, "ablation", "eps by torque limit").config(PAPER))
+    limits = np.asarray(panda.U_MAX)
+    expected = abs(sum(0.1 * limits[j] * g[1, j] * d[1, j, 2, 3] for j in range(7)))
+    np.testing.assert_allclose(by_limit[1, 2, 3], expected)
+
+
+def test_the_slopes_of_the_closed_loop_are_those_of_its_cost():
+    """Of the linear loop x_{k+1} = A x_k + B (u_k + K (x_k - x_k*)), by differences."""
+    count, rng = 4, np.random.default_rng(1)
+    found = some_labels(count)
+    xs, refs = rng.normal(size=(2, count, 14))
+    Q = np.asarray(panda.WEIGHTS)
+    S = closed_loop_labels(found, xs, refs)
+
+    def cost(u_first):
+        dx, total = np.zeros(14), 0.0
+        for k in range(count):
+            total += Q @ (xs[k] + dx - refs[k]) ** 2
+            du = found["du0_dx0"][k] @ dx + (u_first if k == 0 else 0.0)
+            dx = found["A"][k] @ dx + found["B"][k] @ du
+        return total
+
+    g = np.array([(cost(1e-4 * e) - cost(-1e-4 * e)) / 2e-4 for e in np.eye(7)])
+    np.testing.assert_allclose(S[0], np.abs(np.einsum("j,jkx->kx", g, found["du0_de"][0])), rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["ones", "stand", "norm", "mpc_cost", "ours", "ours_avg", "ours_shuffled", "regret"])
+def test_every_weighting_has_the_same_size(method):
+    count, rng = 20, np.random.default_rng(0)
+    xs = rng.normal(size=(count, 12, 14))
+    samples = Windows(xs[:, 0], xs[:, :, :7], xs, np.zeros((count, 1, 21)), *np.zeros((3, count), int))
+    found = weights(method, samples, some_labels(count), None, 4, PAPER, seed=1)
+    errors = np.zeros((count, 4, 14))
+    errors[:, :, :7] = rng.normal(size=(count, 4, 7))
+    assert np.mean(found.loss(errors)) / np.mean((errors[:, :, :7] ** 2).sum((1, 2))) == pytest.approx(1.0, rel=0.5)
+    errors[:, :, :7], errors[:, :, 7:] = 0.0, 1.0
+    np.testing.assert_array_equal(found.loss(errors), 0.0)  # velocities do not count
+
+
+# --- Truth -----------------------------------------------------------------------------------------------------------
+
+
+def test_rank_correlations_are_one_for_labels_that_are_the_truth_and_less_for_others(tmp_path):
+    count, rng = 30, np.random.default_rng(0)
+    found = some_labels(count)
+    curvature = rng.uniform(1, 2, (count, 7))
+    slope = rng.normal(size=(count, 7))
+    found |= {"curvature": curvature, "slope": slope, "Lambda": curvature[:, :, None] * np.eye(7)}
+    found["dJ_du0"] = np.abs(slope) ** 3
+    true = np.abs(np.einsum("bj,bjx->bx", slope, found["du0_de"][:, :, 0, :7]))
+    found["S"] = np.zeros((count, 12, 14))
+    found["S"][:, 0, :7] = true
+    slope[0, 0] = np.nan  # next to a torque limit
+    save_arrays(tmp_path / "model-0.npz", **found)
+    rows = {(row["variant"], row["quantity"]): row for row in correlations([tmp_path / "model-0.npz"])}
+    for key in (("Λ", "curvature"), ("ours: |dJ/du|", "|slope|"), ("ours", "S of eq. 4"), ("regret", "true regret")):
+        assert rows[key]["n"] == count - 1
+        assert all(rows[key][kind] == pytest.approx(1.0) for kind in ("overall", "joints", "samples")), key
+    assert abs(rows["closed_loop", "S of eq. 4"]["overall"]) < 0.3
