@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -144,7 +145,7 @@ def measure_quadrotor(config: Config, threads: int, say: Any, out: dict[str, lis
 # --- report --------------------------------------------------------------------------------------
 
 
-def describe() -> dict[str, Any]:
+def describe(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
     """Device, versions, date and thread settings."""
     import jax
 
@@ -154,7 +155,7 @@ def describe() -> dict[str, Any]:
         "device": processor() if device.platform == "cpu" else device.device_kind,
         "platform": device.platform, "processor": processor(), "cores": len(cores), "cores_of_machine": os.cpu_count(),
         "python": platform.python_version(), "precision": "float64",
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: version(name) for name in packages},
         "threads": {name: os.environ.get(name, "unset") for name in ("OMP_NUM_THREADS", "XLA_FLAGS")},
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }  # fmt: skip
@@ -175,32 +176,39 @@ def version(package: str) -> str:
 
 
 def report(config: Config, description: dict, measured: dict[str, list[dict]], console: Any) -> None:
-    """Print the tables; write them and the numbers."""
+    """Print the tables; write them and the numbers. Runs that measure less than everything say so in their name."""
+    less = ("quick",) if config.quick else config.only if config.only != Config().only else ()
+    stem = config.output / file_name(description, *less)
+    text = preamble(config, description)
+    write(stem, text, tables(measured), console)
+    write_numbers(stem, asdict(config), description, measured, console)
+
+
+def write(stem: Path, text: str, shown: list, console: Any) -> None:
+    """Print tables, and write them behind a text."""
     from tables import markdown, rich_table
 
-    shown = tables(measured)
     for table in shown:
         console.print(rich_table(table), "")
-    config.output.mkdir(parents=True, exist_ok=True)
-    stem = config.output / file_name(config, description)
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
-    settings["output"] = config.output.name
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{stem}.md").write_text("\n".join([text, *map(markdown, shown)]))
+    console.print(f"{stem}.md")
+
+
+def write_numbers(stem: Path, settings: dict, description: dict, measured: dict, console: Any) -> None:
+    """Write all the numbers."""
+    settings = {key: value.name if isinstance(value, Path) else value for key, value in settings.items()}
     everything = {"description": description, "settings": settings, "tables": plain(measured)}
     Path(f"{stem}.json").write_text(json.dumps(everything, indent=1) + "\n")
-    Path(f"{stem}.md").write_text("\n".join([preamble(config, description), *map(markdown, shown)]))
-    console.print(f"{stem}.json\n{stem}.md")
+    console.print(f"{stem}.json")
 
 
-def file_name(config: Config, description: dict) -> str:
-    """Device and cores; runs that measure less than everything say so."""
+def file_name(description: dict, *more: str) -> str:
+    """Device and cores, and more."""
     parts = [description["device"]]
     if description["platform"] == "cpu":
         parts.append(f"{description['cores']} core" + "s" * (description["cores"] > 1))
-    if config.quick:
-        parts.append("quick")
-    elif config.only != Config().only:
-        parts += config.only
-    return "-".join(re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in parts)
+    return "-".join(re.sub(r"[^a-z0-9]+", "-", part.lower()).strip("-") for part in (*parts, *more))
 
 
 def plain(measured: dict[str, list[dict]]) -> dict[str, list[dict]]:
@@ -262,14 +270,10 @@ SETUP_NOTE = (
 
 
 def preamble(config: Config, description: dict) -> str:
-    versions = ", ".join(f"{name} {number}" for name, number in description["versions"].items())
-    cores = f"{description['cores']} of {description['cores_of_machine']} cores"
     before, after = description["load_average"]
     return f"""# Benchmarks on {description["device"]}
 
-{description["date"]}; {description["processor"]}, {cores}; Python {description["python"]}, {versions}; \
-{description["precision"]}; OMP_NUM_THREADS {description["threads"]["OMP_NUM_THREADS"]}, \
-XLA_FLAGS {description["threads"]["XLA_FLAGS"]}.
+{setting(description)}
 
 {thread_note(description["cores"])} Medians of up to {config.repetitions} repetitions after a warm-up, all solvers in \
 turn; a call longer than {config.timeout:g} s is not repeated and its warm-up counts (1 repetition).
@@ -280,6 +284,15 @@ that stopped at different residuals or in different local minima; the time of mp
 not scale with a faster processor's arithmetic; acados is the wheel of 2022, compiled for a generic processor; the \
 gradient of mpc.pytorch leaves out second derivatives of the dynamics and costs less for it.
 """
+
+
+def setting(description: dict) -> str:
+    """On what was measured."""
+    versions = ", ".join(f"{name} {number}" for name, number in description["versions"].items())
+    cores = f"{description['cores']} of {description['cores_of_machine']} cores"
+    return f"""{description["date"]}; {description["processor"]}, {cores}; Python {description["python"]}, {versions}; \
+{description["precision"]}; OMP_NUM_THREADS {description["threads"]["OMP_NUM_THREADS"]}, \
+XLA_FLAGS {description["threads"]["XLA_FLAGS"]}."""
 
 
 def thread_note(cores: int) -> str:

@@ -16,9 +16,9 @@ ORDER = [
     {"solvers.qp", "solvers.active_set"}, {"solvers.sqp", "solvers.box_ddp"}, {"solve"}, {"labels"}, {"mpc"}, {"files"},
     {"models.spatial"}, {"models.rigid_body", "models.integrate"}, {"models.mjcf"}, {"models.base"},
     {"models.lagrangian"}, {"models.mlp"}, {"models.store"}, {"data"}, {"logs", "lerobot_meta"}, {"lerobot"},
-    {"weights"}, {"train"}, {"plant", "render"}, {"tracking"},
+    {"weights"}, {"train"}, {"labelling"}, {"plant", "render"}, {"tracking"},
     {"systems"}, {"pairing"}, {"evaluate"}, {"report"}, {"figures"}, {"tables"}, {"report_panda"}, {"experiments"},
-    {"cli"},
+    {"tailoring"}, {"cli"},
 ]  # fmt: skip
 
 

@@ -94,18 +94,23 @@ class Acados:
         self._solver = _build(template, ocp, Path(self._folder.name))
         self.setup_seconds = time.perf_counter() - start
 
-    def load(self, x0: np.ndarray, theta: np.ndarray, xs: np.ndarray, us: np.ndarray) -> None:
-        """Set one sample and its initial guess; the multipliers start from zero."""
+    def load(
+        self, x0: np.ndarray, theta: np.ndarray, xs: np.ndarray, us: np.ndarray, x_refs: np.ndarray | None = None
+    ) -> None:
+        """Set one sample and its initial guess; the multipliers start from zero.
+
+        `x_refs` (N+1, nx) are references of the stages; without them, that of the problem holds at all.
+        """
         problem, solver, n = self.problem, self._solver, self.problem.horizon
-        x_ref = problem.x_ref(theta)
+        x_refs = np.tile(problem.x_ref(theta), (n + 1, 1)) if x_refs is None else x_refs
         solver.reset()
         for k in range(n + 1):
             solver.set(k, "p", theta)
             solver.set(k, "x", xs[k])
             if k < n:
                 solver.set(k, "u", us[k])
-                solver.set(k, "yref", np.concatenate([x_ref, problem.u_ref]))
-        solver.set(n, "yref", x_ref)
+                solver.set(k, "yref", np.concatenate([x_refs[k], problem.u_ref]))
+        solver.set(n, "yref", x_refs[n])
         self._set_x0(x0)
 
     def solve(self, x0s: np.ndarray, thetas: np.ndarray, guess: tuple | None = None) -> Trajectories:

@@ -1,8 +1,10 @@
-"""The command line: `sartor run`, `sartor report`, `sartor list`."""
+"""The command line: `sartor run`, `report`, `list` for experiments; `label` and `tailor` for your own robot."""
 
 import os
 import shlex
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -21,6 +23,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from sartor import tailoring
 from sartor.experiments import closed_loop, panda
 
 _EXPERIMENTS = {
@@ -58,10 +61,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Report:
-    """Show the table of a finished run, and draw its figure anew."""
+    """Show the tables of runs, and draw their figures anew."""
 
-    folder: tyro.conf.Positional[Path]
-    """Folder of the run."""
+    folders: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of the runs."""
+    markdown: Path | None = None
+    """Write the tables of all of them, Panda runs, to this file as well."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +77,9 @@ class List:
 def main(args: list[str] | None = None) -> None:
     """Entry point of the `sartor` command."""
     command = tyro.cli(
-        Run | Report | List,
+        Run | Report | List | tailoring.Label | tailoring.Tailor,
         prog="sartor",
-        description="A differentiable MPC whose solutions and derivatives are right.",
+        description="Tailor learned dynamics models to the task that their controller performs.",
         args=args,
         config=(
             tyro.conf.CascadeSubcommandArgs,
@@ -87,7 +92,14 @@ def main(args: list[str] | None = None) -> None:
         if isinstance(command, Run):
             _run(command, console)
         elif isinstance(command, Report):
-            _report(command.folder, console)
+            if not command.folders:
+                raise ValueError("no run folder is given.")
+            for folder in command.folders:
+                _report(folder, console)
+            if command.markdown is not None:
+                _write_markdown(command, console)
+        elif isinstance(command, tailoring.Task):
+            _tailor(command, console)
         else:
             _list(console)
     except ValueError as error:
@@ -105,16 +117,8 @@ def _run(command: Run, console: Console) -> None:
 
 
 def _run_with_progress(config: Any, out: Path, console: Console) -> None:
-    _configure_jax()
     try:
-        with _progress(console) as progress:
-            tasks = {}
-
-            def monitor(phase: str, done: float, total: float) -> None:
-                if phase not in tasks:
-                    tasks[phase] = progress.add_task(phase, total=total)
-                progress.update(tasks[phase], completed=done, total=total)
-
+        with _monitored(console) as monitor:
             if isinstance(config, panda.Config):
                 panda.run(config, out, monitor, command=shlex.join(["sartor", *sys.argv[1:]]))
             else:
@@ -122,6 +126,53 @@ def _run_with_progress(config: Any, out: Path, console: Console) -> None:
     except KeyboardInterrupt:
         console.print(f"Interrupted. Finish it with: sartor run {_name(config)} --resume {out}", soft_wrap=True)
         sys.exit(130)
+
+
+def _tailor(task: tailoring.Task, console: Console) -> None:
+    losses: dict[str, tuple[float, float]] = {}
+    try:
+        with _monitored(console) as monitor:
+            if isinstance(task, tailoring.Tailor):
+                labelled, losses = tailoring.run_tailor(task, monitor)
+            else:
+                labelled = tailoring.run_label(task, monitor)
+    except KeyboardInterrupt:
+        console.print(f"Interrupted. The same command goes on with what is in {task.out}.", soft_wrap=True)
+        sys.exit(130)
+    n = labelled.S.shape[-1] // 2
+    table = Table("joint", "position, 1 step", f"position, {task.horizon} steps", "velocity, 1 step",
+                  title="mean label: what an error of the prediction matters", title_justify="left")  # fmt: skip
+    S = labelled.S.mean(0)
+    for i, name in enumerate(labelled.model.body.names):
+        table.add_row(name, *(f"{value:.3g}" for value in (S[0, i], S[-1, i], S[0, n + i])))
+    console.print(table)
+    console.print(", ".join(f"{name} {value:.4g}" for name, value in tailoring.summary(labelled).items()))
+    for name, (before, after) in losses.items():
+        console.print(f"loss on what was held out, weighted by {name}: {before:.4g} before, {after:.4g} after")
+    console.print(f"results: {task.out}", soft_wrap=True)
+
+
+def _write_markdown(command: Report, console: Console) -> None:
+    from sartor import report_panda
+
+    assert command.markdown is not None
+    command.markdown.write_text(report_panda.results_markdown(list(command.folders)), encoding="utf-8")
+    console.print(f"tables: {command.markdown}", soft_wrap=True)
+
+
+@contextmanager
+def _monitored(console: Console) -> Iterator[Callable[[str, float, float], None]]:
+    """Progress bars, one for each phase, and JAX as the commands use it."""
+    _configure_jax()
+    with _progress(console) as progress:
+        tasks = {}
+
+        def monitor(phase: str, done: float, total: float) -> None:
+            if phase not in tasks:
+                tasks[phase] = progress.add_task(phase, total=total)
+            progress.update(tasks[phase], completed=done, total=total)
+
+        yield monitor
 
 
 def _name(config: Any) -> str:

@@ -50,7 +50,7 @@ _PAPER: dict[str, Any] = dict(
                 "regret_env", "closed_loop"),
     rollouts=(4, 1, 12), steps=500, pretrain_payloads=100, pretrain_references=2, pretrain_epochs=40,
     finetune_payloads=60, kept=30, label_stride=5, epochs=8, batch=256, tests=20, curvature="exact",
-    studies=("ablation", "capacity", "rounds"), study_seeds=2, validation=10, protocols=("stand", "ours"), truth=4,
+    studies=("rounds", "capacity", "ablation"), study_seeds=2, validation=10, protocols=("stand", "ours"), truth=4,
 )  # fmt: skip
 _PRESETS = {"smoke": _SMOKE, "quick": _QUICK, "paper": _PAPER}
 
@@ -200,9 +200,9 @@ def run(config: Config, out: Path, monitor: Monitor | None = None, command: str 
 
 
 def _parts(chosen: list[Cell]) -> list[list[Cell]]:
-    """Cells of the same study and p, in their order."""
-    keys = dict.fromkeys((cell.study, cell.p) for cell in chosen)
-    return [[cell for cell in chosen if (cell.study, cell.p) == key] for key in keys]
+    """Cells of the same study, p and seed, in their order: after each part there is something to look at."""
+    keys = dict.fromkeys((cell.study, cell.p, cell.seed) for cell in chosen)
+    return [[cell for cell in chosen if (cell.study, cell.p, cell.seed) == key] for key in keys]
 
 
 def _excite(config: Config, out: Path, workers: Workers) -> None:

@@ -1,5 +1,6 @@
 """From the files that the jobs of a Panda run have left to those that the report reads."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sartor.experiments.panda_weights import NEEDS_LABELS, combined
 from sartor.files import read_json, replacing_file, save_arrays, write_json
 from sartor.lerobot import write_lerobot
 from sartor.models.store import load_model
+from sartor.render import RenderUnavailable, clip
 from sartor.systems import panda
 from sartor.train import windows
 from sartor.weights import explained
@@ -32,6 +34,7 @@ def gather(config: Any, out: Path) -> None:
     _write_table(out / "curves.parquet", [row for cell in done for row in _curve(config, out, cell)])
     _labels(config, out)
     _traces(config, out, done)
+    _clip(config, out, done, rows)
     _data(config, out)
     _truth(config, out, rows)
 
@@ -121,6 +124,24 @@ def _traces(config: Any, out: Path, done: list[Cell]) -> None:
         spectra[method] = np.median(np.abs(np.fft.rfft(errors, axis=1)) ** 2, 0)
     save_arrays(out / "traces.npz", t=panda.DT * np.arange(config.steps + 1), **traces)
     save_arrays(out / "spectrum.npz", frequencies=np.fft.rfftfreq(config.steps + 1, panda.DT), **spectra)
+
+
+def _clip(config: Any, out: Path, done: list[Cell], rows: list[dict]) -> None:
+    """The pretrained beside the last tailored model, where the pretrained one does as well as it does on the median."""
+    first = [c for c in done if c.study == "main" and c.p == config.rollouts[0] and c.model == c.seed == 0]
+    path = out / "clip.webp"
+    if path.exists() or not first:
+        return
+    before = [row for row in rows if row["method"] == "pretrained" and row["model"] == 0 and row["split"] == "test"]
+    middle = int(np.argsort([row["J"] for row in before])[len(before) // 2])
+    names = {"pretrained": "pretrained-0", f"tailored: {first[-1].method}": first[-1].final(config)}
+    logs = {caption: stages.load_logs(out / "tests" / f"{name}.npz")[middle] for caption, name in names.items()}
+    reference = np.asarray(logs["pretrained"].refs)[:, :7]
+    robot = panda.mj_model(panda.payloads()[before[middle]["environment"]])
+    try:
+        clip(path, robot, {caption: log.xs[:, :7] for caption, log in logs.items()}, reference=reference, dt=panda.DT)
+    except RenderUnavailable as error:
+        warnings.warn(f"no clip of the arm: {error}", stacklevel=2)
 
 
 def _data(config: Any, out: Path) -> None:

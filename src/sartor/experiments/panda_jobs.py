@@ -75,7 +75,7 @@ def finetune(output: Path, start: Path, files: tuple[Path, ...], cell: Cell, con
     validation = (samples.take(held_out), loss_weights(held_out)) if held_out.any() else None
 
     def after_epoch(epoch: int, model: Any) -> None:
-        path = output.parent / "epochs" / f"{output.stem}-e{epoch + 1}.npz"
+        path = output.parent / "epochs" / f"{output.stem}-e{epoch}.npz"
         path.parent.mkdir(exist_ok=True)
         save_model(path, stages.as_type(model, float))
 

@@ -20,25 +20,20 @@ from sartor.data import Log
 from sartor.evaluate import episode_metrics
 from sartor.files import load_arrays, save_arrays, write_json
 from sartor.kkt import LQ
-from sartor.labels import label
-from sartor.models.base import AbstractModel, ArmDynamics, Nominal, Theta
+from sartor.labelling import SOLVER, label_samples, references_ahead
+from sartor.models.base import AbstractModel, ArmDynamics, Nominal
 from sartor.models.lagrangian import CaDeLaC
 from sartor.models.mjcf import from_mujoco
 from sartor.models.rigid_body import RigidBody, inverse_dynamics, mass_matrix
 from sartor.models.store import load_model, save_model
 from sartor.plant import Plants, end_effector
 from sartor.riccati import factor
-from sartor.sensitivity import trajectory_error
-from sartor.solution import RESULTS, guess
-from sartor.solvers.sqp import SQP
 from sartor.systems import panda
 from sartor.tracking import Tracker, Tracking, follow, track
 from sartor.train import Config as Training
 from sartor.train import TorqueSamples, Windows, fit, pretrain, windows
 
 CUTOFF = 2.0  # of the context [Hz], as published for the real robot: without it heavy payloads make the loop chatter
-_CHUNK = 16  # samples that are labelled together: more do not fit the caches
-_LABEL_SOLVER = SQP(curvature="gauss_newton", tol=1e-7, max_steps=30, line_search=False)
 MAX_ERROR, MAX_ACCELERATION = 0.3, 20.0  # [rad], [rad/s²]
 SEEDS = {"pretrain": 1000, "finetune": 2000, "test": 3000, "validation": 4000, "round": 5000}
 TEST, VALIDATION = 100, 120  # first payloads
@@ -214,49 +209,12 @@ def tested(
 
 
 def labelled(output: Path, logs: list[Log], model: Path, stride: int, tau: float, options: dict, monitor: Any) -> None:
-    """Labels of all samples of some runs, and the Jacobians of the model along them.
-
-    The solves start from the executed trajectory, and run until they have converged.
-    """
-    belief, solver = load_model(model), replace(_LABEL_SOLVER, tau=tau)
-    problem, parts = panda.problem(ArmDynamics(panda.DT)), []
+    """Labels of all samples of some runs."""
+    belief, problem = load_model(model), panda.problem(ArmDynamics(panda.DT))
     samples = windows(logs, belief, problem.horizon, stride=stride)
-    for start in range(0, samples.size, _CHUNK):
-        which = np.arange(start, start + _CHUNK) % samples.size  # the last chunk is filled up: one shape compiles once
-        chosen = samples.take(which)
-        arrays = (chosen.x0, chosen.us, chosen.xs, chosen.history.astype(float), references_ahead(logs, chosen))
-        parts.append(jax.tree.map(_narrow, _labels(problem, belief, solver, *map(jnp.asarray, arrays), **options)))
-        monitor(min(start + _CHUNK, samples.size), samples.size)
-    found = {name: np.concatenate([part[name] for part in parts])[: samples.size] for name in parts[0]}
+    refs, solver = references_ahead(logs, samples, problem.horizon), replace(SOLVER, tau=tau)
+    found = label_samples(problem, belief, samples, refs, solver=solver, monitor=monitor, **options)
     save_arrays(output, run=samples.run, step=samples.step, **found)
-
-
-def references_ahead(logs: list[Log], samples: Windows) -> np.ndarray:
-    """Reference over the horizon of each sample, (B, P+1, 14)."""
-    ahead = samples.step[:, None] + np.arange(samples.us.shape[1] + 1)
-    refs = np.stack([np.asarray(log.refs) for log in logs])
-    return refs[samples.run[:, None], ahead]
-
-
-def _narrow(leaf: Any) -> np.ndarray:
-    """Labels are kept in single precision."""
-    leaf = np.asarray(leaf)
-    return leaf.astype(np.float32) if leaf.dtype == float else leaf
-
-
-@eqx.filter_jit
-def _labels(problem, model, solver, x0, us, xs, past, refs, **options) -> dict[str, Array]:
-    def one(x0, us, xs, past, refs):
-        theta = Theta(model, model.context(past), refs)
-        start = guess(jnp.concatenate([x0[None], xs]), us)
-        found = label(problem, theta, x0, solver=solver, guess=start, **options)
-        return {
-            "S": found.S, "du0_de": found.du0_de, "du0_derror": trajectory_error(found.A, found.du0_de),
-            "du0_dx0": found.du0_dx0, "dJ_du0": found.dJ_du0, "Lambda": found.Lambda, "A": found.A[0],
-            "B": found.B[0], "ok": found.result == RESULTS.successful,
-        }  # fmt: skip
-
-    return jax.vmap(one)(x0, us, xs, past, refs)
 
 
 def tailored(

@@ -23,6 +23,8 @@ VARIANTS: dict[str, list[tuple[str, tuple[str, ...], dict[str, Any]]]] = {
         ("100 payloads", _BOTH, {"finetune_payloads": 100}),
         ("no excitation kept", _BOTH, {"kept": -1}),
         ("no anchor", _BOTH, {"anchor": 0.0}),
+        ("anchor of 5", _BOTH, {"anchor": 5.0}),
+        ("anchor of 80", _BOTH, {"anchor": 80.0}),
         ("damping known", _BOTH, {"damping": 1.0}),
         ("context of 2", _BOTH, {"num_contexts": 2}),
     ],
@@ -32,7 +34,7 @@ VARIANTS: dict[str, list[tuple[str, tuple[str, ...], dict[str, Any]]]] = {
         ("[60, 40]", _BOTH, {"widths": (60, 40)}),
     ],
     "rounds": [
-        ("two rounds", ("stand", "ours", "stand_env"), {"rounds": 2}),
+        ("two rounds", ("stand", "ours", "stand_env", "regret_env"), {"rounds": 2}),
         ("two rounds, dither", ("stand",), {"rounds": 2, "dither": 0.02}),
     ],
 }

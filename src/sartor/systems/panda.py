@@ -22,20 +22,17 @@ with Retrieval of Feasible Parameters, 2019, for the robot.
 
 from collections.abc import Callable
 from importlib import resources
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-import equinox as eqx
-import jax.numpy as jnp
 import mujoco
 import numpy as np
 from jaxtyping import Array, Float
 from numpy.typing import ArrayLike, NDArray
 
 from sartor.problem import Problem
+from sartor.systems import arm
 
-State = Float[Array, "14"]
 Control = Float[Array, "7"]
-Scalar = Float[Array, ""]
 
 DT = 0.02  # [s]
 HORIZON = 12
@@ -169,43 +166,15 @@ def sample_reference(reference: Reference, num_steps: int, horizon: int = HORIZO
     return np.concatenate([q, qd], axis=-1)
 
 
-class Theta(Protocol):
-    """What the cost needs of θ; all else in it belongs to the dynamics."""
-
-    @property
-    def reference(self) -> Float[Array, "N_plus_1 14"]:
-        """States [q, q̇] to be at, stages 0 to N."""
-        ...
-
-
-def stage_cost(x: State, u: Control, k: Any, theta: Theta) -> Scalar:
-    """ℓ(x, u, k, θ)."""
-    R = jnp.asarray(PENALTY, x.dtype)
-    return 0.5 * DT * (_squared_error(x, theta.reference[k]) + jnp.sum(R * u**2))
-
-
-def terminal_cost(x: State, theta: Theta, horizon: int = HORIZON) -> Scalar:
-    """ℓ_N(x, θ)."""
-    if theta.reference.shape != (horizon + 1, 14):  # JAX would take the last row there is
-        raise ValueError(f"theta.reference must have shape ({horizon + 1}, 14), not {theta.reference.shape}.")
-    return 0.5 * _squared_error(x, theta.reference[horizon])
-
-
 def problem(dynamics: Callable, horizon: int = HORIZON) -> Problem:
-    """The optimal control problem over `horizon` stages of 0.02 s.
+    """The optimal control problem over `horizon` stages of 0.02 s; `arm.problem` has the cost.
 
     Args:
         dynamics: dynamics(x, u, k, theta) -> x_next (14,), the model.
         horizon: N; theta.reference has N + 1 rows.
     """
-    return Problem(
-        dynamics=dynamics,
-        stage_cost=stage_cost,
-        terminal_cost=eqx.Partial(terminal_cost, horizon=horizon),
-        horizon=horizon,
-        u_min=[-u for u in U_MAX],
-        u_max=U_MAX,
-    )
+    limits = {"u_min": [-u for u in U_MAX], "u_max": U_MAX}
+    return arm.problem(dynamics, Q=WEIGHTS, R=PENALTY, **limits, dt=DT, horizon=horizon)
 
 
 def tracking_cost(xs: ArrayLike, refs: ArrayLike) -> NDArray[np.float64]:
@@ -224,10 +193,6 @@ def tracking_cost(xs: ArrayLike, refs: ArrayLike) -> NDArray[np.float64]:
             f"xs and refs must both have shape (..., T+1, 14) with T ≥ 1, not {xs.shape} and {refs.shape}."
         )
     return np.einsum("...tx,x->...", (xs - refs) ** 2, np.asarray(WEIGHTS)) / (xs.shape[-2] - 1)
-
-
-def _squared_error(x: State, r: State) -> Scalar:
-    return jnp.sum(jnp.asarray(WEIGHTS, x.dtype) * (x - r) ** 2)
 
 
 def _draw(rng: np.random.Generator, count: int) -> Reference:

@@ -1,0 +1,81 @@
+"""`sartor label` and `sartor tailor`: a robot file and a log in, labels and a better model out."""
+
+import jax
+import mujoco
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from sartor import cli
+from sartor.logs import Columns, write_log
+from sartor.models.store import load_model
+from sartor.plant import Plants
+from sartor.tracking import follow
+
+DT = 0.02
+ARM = """<mujoco><option timestep="0.002" gravity="0 0 0"/><worldbody><body><joint name="a" axis="0 1 0" damping="{d}"/>
+<geom type="capsule" size="0.03" fromto="0 0 0 0.4 0 0" mass="1"/><body pos="0.4 0 0"><joint name="b" axis="0 1 0"
+damping="{d}"/><geom type="capsule" size="0.03" fromto="0 0 0 0.3 0 0" mass="1"/></body></body></worldbody><actuator>
+<motor joint="a" ctrlrange="-30 30"/><motor joint="b" ctrlrange="-20 20"/></actuator></mujoco>"""  # fmt: skip
+COLUMNS = Columns("time", ("q1", "q2"), ("v1", "v2"), ("tau1", "tau2"), ("r1", "r2"), ("w1", "w2"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_cache_is_left():
+    """The commands keep compiled code in a folder; other tests have their own."""
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """The robot without damping, and a log of the one with it under a PD controller."""
+    folder = tmp_path_factory.mktemp("arm")
+    (folder / "arm.xml").write_text(ARM.format(d=0))
+    t = DT * np.arange(161)[:, None] * np.array([2.0, 3.0])
+    refs = np.concatenate([np.sin(t) ** 2, np.array([2.0, 3.0]) * np.sin(2 * t)], 1)[None]
+    pd = lambda t, xs: 40.0 * (refs[:, t, :2] - xs[:, :2]) + 4.0 * (refs[:, t, 2:] - xs[:, 2:])
+    plants = Plants([mujoco.MjModel.from_xml_string(ARM.format(d=1.0))], DT)
+    write_log(folder / "log.csv", follow(plants, pd, refs, 160).logs[0], COLUMNS)
+    return folder
+
+
+def command(files, verb, *more):
+    return [verb, str(files / "arm.xml"), str(files / "log.csv"), "--out", str(files / "out"), "--kind", "mlp",
+            "--horizon", "3", "--curvature", "gauss_newton", *more]  # fmt: skip
+
+
+def test_a_log_becomes_labels_and_a_better_model(files, capsys):
+    cli.main(command(files, "label"))
+    printed = capsys.readouterr().out
+    assert "mean label" in printed and "explained by the mean map" in printed and "failed 0" in printed
+    labels = pq.read_table(files / "out" / "labels.parquet").to_pydict()
+    assert all(labels["ok"]) and np.shape(labels["S"])[1] == 3 * 4 and np.min(labels["S"]) >= 0
+    before = {path: path.stat().st_mtime_ns for path in (files / "out" / "labels").iterdir()}
+
+    more = ("--steps", "2", "--epochs", "30", "--batch", "64", "--learning-rate", "3e-3")
+    cli.main(command(files, "tailor", *more))
+    printed = capsys.readouterr().out.replace("\n", " ")
+    assert {path: path.stat().st_mtime_ns for path in before} == before  # labelled once
+    losses = [float(text.split()[0]) for text in printed.split("weighted by labels: ")[1].split("before, ")]
+    assert losses[1] < 0.6 * losses[0]
+    assert load_model(files / "out" / "model.npz").body.names == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--positions", "a", "b"], "no column"),
+        (["--torque-limits", "1"], "torque_limits must hold 2 positive numbers"),
+        (["--dt", "0.005"], "slower"),
+        (["--steps", "4"], "steps must lie in 1..3"),
+    ],
+)
+def test_wrong_input_is_named_before_anything_runs(files, tmp_path, capsys, more, message):
+    verb = "tailor" if "--steps" in more else "label"
+    with pytest.raises(SystemExit):
+        cli.main([*command(files, verb), *more, "--out", str(tmp_path / "new")])
+    assert message in " ".join(capsys.readouterr().out.split())
+    assert not (tmp_path / "new" / "labels").exists()
