@@ -78,3 +78,22 @@ def test_another_run_in_the_same_folder_is_refused(finished):
 def test_wrong_settings_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
         panda.Config(**fields)
+
+
+@pytest.mark.slow  # some minutes of compiling
+def test_rounds_protocols_and_the_truth_check(tmp_path):
+    config = panda.Config(
+        preset="smoke", workers=2, validation=1, truth=1, protocols=("stand",), studies=("rounds",), study_seeds=1,
+        epochs=2, steps=80, weightings=("stand", "ours", "stand_env", "regret_env", "closed_loop"),
+    )  # fmt: skip
+    panda.run(config, tmp_path)
+    rows = pq.read_table(tmp_path / "evaluations.parquet").to_pylist()
+    assert {row["split"] for row in rows} == {"test", "validation"}
+    assert {row["variant"] for row in rows if row["study"] == "rounds"} == {"two rounds", "two rounds, dither"}
+    epochs = {row["epoch"] for row in rows if row["method"] == "stand" and row["study"] == "main"}
+    assert epochs == {1, 2}
+    truth = json.loads((tmp_path / "truth.json").read_text())
+    assert {"stand", "ours", "regret"} <= set(truth["predicts"])
+    assert all(-1.0 <= row[kind] <= 1.0 for row in truth["rows"] for kind in ("overall", "joints", "samples"))
+    text = report_panda.page(tmp_path).read_text()
+    assert "Truth check" in text and "two rounds" in text

@@ -1,5 +1,6 @@
 """Training: what a sample is, what the loss is, and that interruptions leave no trace."""
 
+import dataclasses
 import functools
 
 import equinox as eqx
@@ -18,6 +19,7 @@ from sartor.train import (
     Config,
     TorqueSamples,
     fit,
+    inverse_loss,
     losses,
     mean_loss,
     optimise,
@@ -196,6 +198,23 @@ def test_the_weighted_optimum_is_found():
     assert model.torque_offset[0] == pytest.approx((1 * 1 + 4 * 3) / 5, abs=0.01)
     # Relative to the start: Σ W² (offset - model)², the model at its optimum against 0.
     assert curve.train[-1] == pytest.approx((1 * 1.6**2 + 4 * 0.4**2) / (1 * 1 + 4 * 9), rel=1e-3)
+
+
+def test_the_inverse_loss_is_what_torques_are_off_by():
+    w = samples()
+    found = losses(eqx.Partial(inverse_loss, DT, 4.0 * jnp.ones(1)), OFFSET, (w, ones(w)))
+    np.testing.assert_allclose(found, np.where(w.environment == 0, 1.0, 3.0) ** 2 / 4.0, rtol=1e-9)
+
+
+def test_an_anchor_holds_the_model_at_the_torques_of_all_samples():
+    """Weights look at the environment with the offset 3 alone, the anchor at both, whose mean is 2."""
+    w = samples()
+    weights = Elementwise(ones(w).W * jnp.asarray(w.environment == 1, float)[:, None, None])
+    config = Config(epochs=150, batch=w.size, learning_rate=0.1)
+    free, _ = fit(OFFSET, w, weights, config, dt=DT)
+    held, _ = fit(OFFSET, w, weights, dataclasses.replace(config, anchor=1e4), dt=DT)
+    np.testing.assert_allclose(free.torque_offset, 3.0, atol=0.02)
+    np.testing.assert_allclose(held.torque_offset, 2.0, atol=0.02)
 
 
 def test_the_loss_falls_and_the_robot_stays():

@@ -100,7 +100,7 @@ class Tailor(Task):
     """Samples of a gradient step."""
     learning_rate: float = 1e-3
     """Of Adam, at the beginning."""
-    anchor: float = 20.0
+    anchor: float = 10.0
     """Weight of the inverse-dynamics loss beside that of the rollouts."""
 
 

@@ -74,7 +74,8 @@ class Config:
     seed: int = 0
     """Of the order of the samples and of the noise, which do not depend on the weights."""
     anchor: float = 0.0
-    """Weight of the inverse-dynamics loss beside that of the rollouts, both relative to their values at the start.
+    """Weight of the inverse-dynamics loss beside that of the rollouts, both relative to their values at the start, the
+    former joint by joint.
     Rollouts alone shrink what torques are predicted to do wherever the context errs, as any regression on noisy
     inputs does: the inertia grows, and the controller becomes unstable. With torques as output there is no such bias.
     """
@@ -139,8 +140,10 @@ def rollout_loss(dt: float, model: AbstractModel, batch: tuple[Windows, Weights]
     return weights.loss(errors)
 
 
-def inverse_loss(dt: float, model: AbstractModel, batch: tuple[Windows, Weights]) -> Float[Array, " B"]:
-    """Σ_j (u - torque(q̄, q̇̄, q̈, z))_j² over the first interval of each sample, with q̄, q̇̄, q̈ as in (D13) [Nm²]."""
+def inverse_loss(
+    dt: float, sizes: Float[Array, " n"], model: AbstractModel, batch: tuple[Windows, Weights]
+) -> Float[Array, " B"]:
+    """Σ_j (u - torque(q̄, q̇̄, q̈, z))_j²/size_j over the first interval of each sample, with q̄, q̇̄, q̈ as in (D13)."""
     sample, _ = batch
     n = model.body.nq
 
@@ -149,11 +152,13 @@ def inverse_loss(dt: float, model: AbstractModel, batch: tuple[Windows, Weights]
         return u - model.torque(middle[:n], middle[n:], qdd, model.context(past))
 
     ahead: Any = (sample.x0, sample.us[:, 0], sample.xs[:, 0], sample.history)
-    return jnp.sum(jax.vmap(error)(*ahead) ** 2, -1)
+    return jnp.sum(jax.vmap(error)(*ahead) ** 2 / sizes, -1)
 
 
-def _anchored_loss(dt: float, scales: Array, model: AbstractModel, batch: tuple[Windows, Weights]) -> Array:
-    return scales[0] * rollout_loss(dt, model, batch) + scales[1] * inverse_loss(dt, model, batch)
+def _anchored_loss(
+    dt: float, size: Array, sizes: Array, model: AbstractModel, batch: tuple[Windows, Weights]
+) -> Float[Array, " B"]:
+    return rollout_loss(dt, model, batch) / size + inverse_loss(dt, sizes, model, batch)
 
 
 def fit(
@@ -193,8 +198,14 @@ def fit(
         raise ValueError(f"weights have {num_steps} steps, but the samples only {samples.us.shape[1]}: cut longer.")
     loss = eqx.Partial(rollout_loss, dt)
     if config.anchor > 0.0:
-        sizes = [mean_loss(eqx.Partial(fn, dt), model, (samples, weights)) for fn in (rollout_loss, inverse_loss)]
-        loss = eqx.Partial(_anchored_loss, dt, jnp.asarray([1.0 / sizes[0], config.anchor / sizes[1]], _dtype(model)))
+        data = (samples, weights)
+        joints = jnp.eye(model.body.nq, dtype=_dtype(model))
+        squares = [
+            mean_loss(eqx.Partial(inverse_loss, dt, jnp.where(j > 0, 1.0, jnp.inf)), model, data) for j in joints
+        ]
+        sizes = jnp.asarray(squares, _dtype(model)) * len(squares) / config.anchor
+        size = jnp.asarray(mean_loss(loss, model, data), _dtype(model))
+        loss = eqx.Partial(_anchored_loss, dt, size, sizes)
     return optimise(loss, model, (samples, weights), config, validation, checkpoint, monitor, after_epoch)
 
 

@@ -81,7 +81,7 @@ class Config:
     """Passes over those data."""
     pretrain_stride: int = 2
     """Every so many samples of them are used."""
-    anchor: float = 20.0
+    anchor: float = 10.0
     """Weight of the inverse-dynamics loss in fine-tuning; 0 for rollouts alone, as published."""
     pretrain_noise: float = 0.3
     """Noise on the histories in pretraining, in units of the published one."""
