@@ -40,9 +40,10 @@ def test_variants_change_fields_that_exist_and_say_so_in_their_names():
 
 
 def test_more_payloads_share_the_files_of_fewer(tmp_path):
-    few, many = (dict(jobs.driven(tmp_path, "pretrained-0", 1, count)) for count in (30, 100))
+    few, odd, many = (dict(jobs.driven(tmp_path, "pretrained-0", 1, count)) for count in (30, 25, 100))
     assert all(np.array_equal(many[file], runs) for file, runs in few.items())
-    assert sum(map(len, many.values())) == 100
+    assert all(np.array_equal(many[file], runs) for file, runs in odd.items() if file in many)
+    assert [sum(map(len, files.values())) for files in (few, odd, many)] == [30, 25, 100]
 
 
 # --- Labels ----------------------------------------------------------------------------------------------------------
@@ -73,20 +74,24 @@ def test_labels_are_combined_as_the_configuration_says():
     np.testing.assert_allclose(by_limit[1, 2, 3], expected)
 
 
-def test_the_slopes_of_the_closed_loop_are_those_of_its_cost():
-    """Of the linear loop x_{k+1} = A x_k + B (u_k + K (x_k - x_k*)), by differences."""
-    count, rng = 4, np.random.default_rng(1)
+@pytest.mark.parametrize("stride", [1, 3])
+def test_the_slopes_of_the_closed_loop_are_those_of_its_cost(stride):
+    """Of the linear loop x_{k+1} = A x_k + B (u_k + K (x_k - x_k*)), by differences; labels may be some steps apart."""
+    count, rng = 3, np.random.default_rng(1)
     found = some_labels(count)
-    xs, refs = rng.normal(size=(2, count, 14))
+    found["step"] = stride * np.arange(count)
+    steps = found["step"][-1] + 1
+    xs, refs = rng.normal(size=(2, steps, 14))
     Q = np.asarray(panda.WEIGHTS)
-    S = closed_loop_labels(found, xs, refs)
+    S = closed_loop_labels(found, [xs], [refs])
 
     def cost(u_first):
         dx, total = np.zeros(14), 0.0
-        for k in range(count):
+        for k in range(steps):
             total += Q @ (xs[k] + dx - refs[k]) ** 2
-            du = found["du0_dx0"][k] @ dx + (u_first if k == 0 else 0.0)
-            dx = found["A"][k] @ dx + found["B"][k] @ du
+            i = k // stride
+            du = found["du0_dx0"][i] @ dx + (u_first if k == 0 else 0.0)
+            dx = found["A"][i] @ dx + found["B"][i] @ du
         return total
 
     g = np.array([(cost(1e-4 * e) - cost(-1e-4 * e)) / 2e-4 for e in np.eye(7)])

@@ -102,7 +102,7 @@ def main(args: list[str] | None = None) -> None:
             _tailor(command, console)
         else:
             _list(console)
-    except ValueError as error:
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
         console.print(f"[red]error:[/red] {error}", soft_wrap=True)
         sys.exit(2)
 
@@ -180,7 +180,7 @@ def _name(config: Any) -> str:
 
 
 def _finished(config: Any, out: Path) -> bool:
-    return (out / ("curves.parquet" if isinstance(config, panda.Config) else "metrics.json")).exists()
+    return (out / ("finished.json" if isinstance(config, panda.Config) else "metrics.json")).exists()
 
 
 def _stored(folder: Path) -> Any:

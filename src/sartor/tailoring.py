@@ -3,8 +3,9 @@
 # MuJoCo is compiled and has no type stubs.
 # pyright: reportAttributeAccessIssue=false
 
+import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,7 +19,7 @@ import pyarrow.parquet as pq
 import tyro
 
 from sartor.data import Log
-from sartor.files import load_arrays, replacing_file, save_arrays
+from sartor.files import load_arrays, read_json, replacing_file, save_arrays, write_json
 from sartor.labelling import label_samples, references_ahead
 from sartor.logs import Columns, read_log
 from sartor.models.base import AbstractModel, ArmDynamics
@@ -128,6 +129,7 @@ def run_label(task: Task, monitor: Monitor) -> Labelled:
     """
     if not task.logs:
         raise ValueError("logs is empty: give CSV or Parquet files of the robot's closed loop.")
+    _claim(task)
     mj_model = mujoco.MjModel.from_xml_path(str(task.robot))
     body = from_mujoco(mj_model)
     problem = _problem(task, body.nq, _limits(task, mj_model))
@@ -155,19 +157,21 @@ def run_tailor(task: Tailor, monitor: Monitor) -> tuple[Labelled, dict[str, tupl
         raise ValueError(f"steps must lie in 1..{task.horizon}, the horizon, not {task.steps}.")
     labelled = run_label(task, monitor)
     samples, count = labelled.samples, labelled.samples.size
-    held_out = np.arange(count) >= count - max(1, count // 10)  # the end of the last log: nothing of it is seen
+    held_out = np.arange(count) >= count - max(1, count // 10)  # the end of the last log
+    seen = np.arange(count) < np.flatnonzero(held_out)[0] - -(-task.steps // task.stride)  # rollouts end before it
     kinds: dict[str, Weights] = {
         "labels": from_labels(labelled.S, task.steps, task.states),
         "1/standard deviation": constant(1.0 / samples.xs.std((0, 1)), count, task.steps, task.states),
     }
     take = lambda weights, which: jax.tree.map(lambda leaf: leaf[which], weights)
+    checkpoint = task.out / f"train-{hashlib.sha256(repr(task).encode()).hexdigest()[:8]}.checkpoint"
     config = Config(task.epochs, task.batch, task.learning_rate, seed=task.seed, anchor=task.anchor)
     trained, _ = fit(
-        labelled.model, samples.take(~held_out), take(kinds["labels"], ~held_out), config, dt=task.dt,
-        checkpoint=task.out / "train.checkpoint", monitor=lambda done, total: monitor("train", done, total),
+        labelled.model, samples.take(seen), take(kinds["labels"], seen), config, dt=task.dt,
+        checkpoint=checkpoint, monitor=lambda done, total: monitor("train", done, total),
     )  # fmt: skip
     save_model(task.out / "model.npz", trained)
-    (task.out / "train.checkpoint").unlink(missing_ok=True)
+    checkpoint.unlink(missing_ok=True)
     data = {name: (samples.take(held_out), take(weights, held_out)) for name, weights in kinds.items()}
     loss = eqx.Partial(rollout_loss, task.dt)
     return labelled, {n: (mean_loss(loss, labelled.model, d), mean_loss(loss, trained, d)) for n, d in data.items()}
@@ -197,6 +201,23 @@ def _labels(
     return {name: np.concatenate([part[name] for part in parts]) for name in ("S", "ok")}
 
 
+def _claim(task: Task) -> None:
+    """Refuse a folder whose labels are of other files or settings."""
+    files = [path for path in (task.robot, *task.logs, task.model) if path is not None]
+    mine = {field.name: str(getattr(task, field.name)) for field in fields(Task) if field.name != "out"}
+    mine |= {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    path = task.out / "task.json"
+    if path.exists():
+        stored = read_json(path)
+        different = [name for name in {**mine, **stored} if mine.get(name) != stored.get(name)]
+        if different:
+            raise ValueError(f"{task.out} holds results of other settings or files ({', '.join(different)}): choose"
+                             " another folder by out.")  # fmt: skip
+        return
+    task.out.mkdir(parents=True, exist_ok=True)
+    write_json(path, mine)
+
+
 def _columns(task: Task, n: int) -> Columns:
     named = lambda given, letter: given or tuple(f"{letter}{i + 1}" for i in range(n))
     return Columns(
@@ -215,7 +236,14 @@ def _limits(task: Task, mj_model: mujoco.MjModel) -> np.ndarray:
     for i in range(mj_model.nu):
         joint = mj_model.actuator_trnid[i, 0]
         if mj_model.actuator_ctrllimited[i] and mj_model.actuator_trntype[i] == int(mujoco.mjtTrn.mjTRN_JOINT):
-            limits[mj_model.jnt_dofadr[joint]] = mj_model.actuator_ctrlrange[i, 1] * mj_model.actuator_gear[i, 0]
+            motor = mj_model.actuator_gaintype[i] == mj_model.actuator_biastype[i] == 0
+            if not motor:
+                raise ValueError(f"{task.robot}: an actuator of {mj_model.joint(joint).name!r} is no torque motor: give"
+                                 " torque_limits.")  # fmt: skip
+            force = np.abs(
+                mj_model.actuator_ctrlrange[i] * mj_model.actuator_gear[i, 0] * mj_model.actuator_gainprm[i, 0]
+            )
+            limits[mj_model.jnt_dofadr[joint]] = force.min()
     if np.isnan(limits).any():
         missing = ", ".join(mj_model.joint(j).name or str(j) for j in np.flatnonzero(np.isnan(limits)))
         raise ValueError(f"{task.robot} has no motor with a control range for {missing}: give torque_limits.")

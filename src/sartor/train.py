@@ -285,10 +285,10 @@ def optimise(
         held_out = np.nan if validation is None else scale * mean_loss(loss, trained, validation)
         curve = curve.at[:, epoch].set(jnp.asarray([total / num_steps, held_out]))
         state, epoch = (free, opt_state, curve), epoch + 1
+        if after_epoch is not None:  # before the checkpoint: an interruption between them repeats it
+            after_epoch(epoch, trained)
         if checkpoint is not None:
             save_tree(checkpoint, (np.asarray(epoch), *state))
-        if after_epoch is not None:
-            after_epoch(epoch, trained)
     train, held_out = np.asarray(state[2]).tolist()
     return eqx.combine(state[0], fixed), Curve(train, [] if validation is None else held_out)
 

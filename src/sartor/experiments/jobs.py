@@ -34,7 +34,13 @@ class Job(NamedTuple):
 class Workers:
     """Processes that do jobs; with `num_workers` = 0 they are done here, one after the other."""
 
-    def __init__(self, num_workers: int, monitor: Monitor | None = None):
+    def __init__(
+        self,
+        num_workers: int,
+        monitor: Monitor | None = None,
+        keep_times: Callable[[dict[str, float]], None] | None = None,
+    ):
+        self._keep_times = keep_times or (lambda times: None)
         self.monitor = monitor or (lambda phase, done, total: None)
         self.times: dict[str, float] = {}
         """Seconds that each phase has taken."""
@@ -83,6 +89,7 @@ class Workers:
             self._wait({self._pool.submit(_do, job): str(job.output) for job in missing}, tell)
         if missing:
             self.times[phase] = self.times.get(phase, 0.0) + time.monotonic() - begun
+            self._keep_times(self.times)
 
     def _wait(self, futures: dict[Future, str], tell: Callable[[str, float], None]) -> None:
         waiting = set(futures)

@@ -62,7 +62,7 @@ class Config:
     experiment: Annotated[Literal["panda"], tyro.conf.Suppress] = "panda"
     """Which experiment."""
     preset: Literal["smoke", "quick", "paper"] = "quick"
-    """`smoke` is for tests, `quick` takes a quarter of an hour, `paper` many hours; it has not been run yet."""
+    """`smoke` is for tests, `quick` takes some eleven minutes, `paper` many hours: it has not been run to its end."""
     models: int = 0
     """Pretrained models, each from another seed."""
     seeds: int = 0
@@ -157,6 +157,10 @@ class Config:
         for name, most in (("tests", 20), ("validation", 10), ("finetune_payloads", 100), ("pretrain_payloads", 100)):
             if getattr(self, name) > most:
                 raise ValueError(f"{name} must be at most {most}, the payloads there are, not {getattr(self, name)}.")
+        if self.truth and self.steps and self.steps < 56:
+            raise ValueError(f"truth needs episodes of at least 56 steps, not {self.steps}.")
+        if self.rounds < 1:
+            raise ValueError(f"rounds must be at least 1, not {self.rounds}.")
         if self.weightings and "stand" not in self.weightings:
             raise ValueError("weightings must contain 'stand', which all others are compared with.")
 
@@ -181,7 +185,9 @@ def run(config: Config, out: Path, monitor: Monitor | None = None, command: str 
     out.mkdir(parents=True, exist_ok=True)
     _claim(out, config, command)
     chosen = cells(config)
-    with Workers(config.workers, monitor) as workers:
+    before = _read(out / "timing.json")
+    keep_times = lambda times: write_json(out / "timing.json", _add(before, times))
+    with Workers(config.workers, monitor, keep_times) as workers:
         _excite(config, out, workers)
         _pretrain(out, workers, {f"pretrained-{m}": (config, m) for m in range(config.models)})
         _test(out, workers, _baselines(config))
@@ -191,12 +197,16 @@ def run(config: Config, out: Path, monitor: Monitor | None = None, command: str 
                 mine = [cell for cell in part if cell.config(config).rounds >= number]
                 _collect(config, out, workers, mine, number)
                 _finetune(config, out, workers, mine, number)
-            _test(out, workers, {c.final(config): ("model", config, c.final(config), c[0] == c[3] == 0) for c in part})
+            _test(
+                out,
+                workers,
+                {c.final(config): ("model", config, c.final(config), c.model == c.seed == 0) for c in part},
+            )
             gather(config, out)  # so that what there is can be looked at
         _protocols(config, out, workers, chosen)
         _truth(config, out, workers, chosen)
-        write_json(out / "timing.json", _add(_read(out / "timing.json"), workers.times))
     gather(config, out)
+    write_json(out / "finished.json", {"command": command})
 
 
 def _parts(chosen: list[Cell]) -> list[list[Cell]]:
@@ -281,7 +291,11 @@ def _truth(config: Config, out: Path, workers: Workers, chosen: list[Cell]) -> N
         return
     p = config.rollouts[0]
     todo = [
-        Job(out / "truth" / f"model-{m}.npz", check, (out / "models" / f"stand-p{p}-m{m}-s0-r1.npz", config))
+        Job(
+            out / "truth" / f"model-{m}.npz",
+            check,
+            (out / "models" / f"{Cell(m, 'stand', p, 0).final(config)}.npz", config),
+        )
         for m in range(config.models)
     ]
     workers.run("truth", todo)

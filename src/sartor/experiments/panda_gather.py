@@ -105,7 +105,7 @@ def _labels(config: Any, out: Path) -> None:
                     "cv": (q.std((0, 1)) / q.mean((0, 1))).tolist(),
                 }  # fmt: skip
                 if not variant:
-                    maps[f"S_{name}"] = S[ok].mean(0)
+                    maps[f"S_{name}"] = maps.get(f"S_{name}", 0.0) + S[ok].mean(0) / config.models
     write_json(out / "labels.json", table)
     save_arrays(out / "maps.npz", **maps)
 

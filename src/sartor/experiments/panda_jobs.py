@@ -22,14 +22,14 @@ Part = tuple[Path, np.ndarray]
 
 def driven(out: Path, source: str, number: int, payloads: int) -> list[Part]:
     """Files of the closed loops that a model drives in a round, some ten at a time: less than a minute of work."""
-    parts = np.array_split(np.arange(payloads), max(1, payloads // 10))
-    return [(out / "data" / f"{source}-{number}-{i}.npz", part) for i, part in enumerate(parts)]
+    parts = [np.arange(first, min(first + 10, payloads)) for first in range(0, payloads, 10)]
+    return [(out / "data" / f"{source}-{number}-{part[0]}_{part[-1]}.npz", part) for part in parts]
 
 
 def kept(out: Path, source: str, number: int, count: int) -> list[Part]:
     """Files of the data for pretraining that are kept beside those of the first round."""
-    parts = np.array_split(np.arange(count), max(1, count // 10)) if number == 1 and count > 0 else []
-    return [(out / "data" / f"{source}-{number}-kept{i}.npz", part) for i, part in enumerate(parts)]
+    parts = [np.arange(first, min(first + 10, count)) for first in range(0, count if number == 1 else 0, 10)]
+    return [(out / "data" / f"{source}-{number}-kept{part[0]}_{part[-1]}of{count}.npz", part) for part in parts]
 
 
 def data_of(out: Path, source: str, number: int, config: Any) -> list[Path]:
@@ -54,7 +54,7 @@ def keep(output: Path, files: list[Path], part: np.ndarray, count: int, monitor:
 def drive(output: Path, chosen: stages.Runs, model: Path, config: Any, seed: int, monitor: Any) -> None:
     """Closed loop for fine-tuning data."""
     noise = config.dither * np.asarray(panda.U_MAX)
-    stages.collect(output, chosen, model, config.steps, noise, seed, monitor)
+    stages.collect(output, chosen, model, config.steps, noise, 1000 * seed + chosen.payloads[0], monitor)
 
 
 def label(output: Path, file: Path, model: Path, config: Any, monitor: Any) -> None:
@@ -64,7 +64,7 @@ def label(output: Path, file: Path, model: Path, config: Any, monitor: Any) -> N
 
 
 def finetune(output: Path, start: Path, files: tuple[Path, ...], cell: Cell, config: Any, monitor: Any) -> None:
-    """Fine-tune one model; those of the epochs before the last are kept too."""
+    """Fine-tune one model; those of all epochs are kept for `config.protocols`."""
     model, needed = load_model(start), cell.method in NEEDS_LABELS
     samples, labels, held_out = training_samples(files, start, config.label_stride, cell.labels if needed else "")
     loss_weights = lambda which: weights(
@@ -98,7 +98,7 @@ def test(output: Path, kind: str, model: Path | None, config: Any, episodes: boo
 def training_samples(
     files: tuple[Path, ...], model: Path, stride: int, labels: str
 ) -> tuple[Windows, dict[str, np.ndarray], np.ndarray]:
-    """Sound samples of the logs with their labels, and which of them are held out for validation (a tenth of runs).
+    """Sound samples of the logs with their labels, and which of them are held out for validation (every tenth run).
 
     A sample whose label failed stays, with a label of zero: all weightings see the same samples in the same order.
     """
@@ -107,7 +107,7 @@ def training_samples(
     keep, found = stages.sound(logs, samples), {}
     if labels:
         found = labels_of(files, labels, logs, samples)
-    held_out = samples.run % 10 == 9
+    held_out = samples.run % 10 == min(9, samples.run.max())
     return samples.take(keep), {name: value[keep] for name, value in found.items()}, held_out[keep]
 
 
@@ -120,12 +120,12 @@ def labels_of(files: tuple[Path, ...], folder: str, logs: list[Log], samples: Wi
         first += len(stages.load_logs(file))
         parts.append(part)
     found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    failed = ~found["ok"]
+    if not np.array_equal(found["run"], samples.run) or not np.array_equal(found["step"], samples.step):
+        raise ValueError(f"the labels in {folder} are of other samples than {files[0].name} and others hold.")
+    found["S_closed_loop"] = closed_loop_labels(found, [log.xs for log in logs], [np.asarray(log.refs) for log in logs])
     for value in found.values():
         if value.dtype.kind == "f":
-            value[failed] = 0.0
-    refs = np.stack([np.asarray(logs[run].refs)[step] for run, step in zip(samples.run, samples.step, strict=True)])
-    found["S_closed_loop"] = closed_loop_labels(found, samples.x0, refs)
+            value[~found["ok"]] = 0.0
     return found
 
 

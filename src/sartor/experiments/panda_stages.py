@@ -35,7 +35,7 @@ from sartor.train import TorqueSamples, Windows, fit, pretrain, windows
 
 CUTOFF = float("inf")  # of the context [Hz]: as published, the context is not filtered in simulation
 MAX_ERROR, MAX_ACCELERATION = 0.3, 20.0  # [rad], [rad/s²]
-SEEDS = {"pretrain": 1000, "finetune": 2000, "test": 3000, "validation": 4000, "round": 5000}
+SEEDS = {"pretrain": 1000, "finetune": 2000, "test": 3000, "validation": 4000}
 TEST, VALIDATION = 100, 120  # first payloads
 
 

@@ -64,7 +64,8 @@ def check(output: Path, model: Path, config: Any, monitor: Any) -> None:
         these = _label_all(tracker, part, config.curvature)
         these |= {"run": np.tile(np.arange(len(robots)), STEPS), "step": np.repeat(np.arange(STEPS), len(robots))}
         labels.append({name: value[: len(robots)] for name, value in these.items()})
-        slopes.append(closed_loop_labels(these, part[0], part[2][:, 0])[: len(robots)])
+        by_run = lambda values: values.reshape(STEPS, len(robots), -1).swapaxes(0, 1)
+        slopes.append(closed_loop_labels(these, by_run(part[0]), by_run(part[2][:, 0]))[: len(robots)])
     stacked = {name: np.concatenate([part[name] for part in labels]) for name in labels[0]}
     true = {name: np.concatenate([getattr(b, name) for b in found]) for name in Branches._fields}
     save_arrays(output, S_closed_loop=np.concatenate(slopes), **stacked, **true)

@@ -1,5 +1,6 @@
 """The weightings that the Panda experiment compares, from labels and the statistics of the data."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import equinox as eqx
@@ -53,7 +54,7 @@ def weights(
     else:
         S = labels["S_closed_loop"] if name == "closed_loop" else combined(labels, config)
         if name == "ours_avg":
-            S = np.broadcast_to(S.mean(0), S.shape)
+            S = np.broadcast_to(S[labels["ok"]].mean(0), S.shape)
         elif name == "ours_shuffled":
             S = S[np.random.default_rng(seed).permutation(len(S))]
         found = from_labels(S, num_steps, states)
@@ -76,29 +77,36 @@ def combined(labels: dict[str, np.ndarray], config: Any) -> np.ndarray:
     return np.abs(terms.sum(1)) if config.combine == "signed" else np.abs(terms).sum(1)
 
 
-def closed_loop_labels(labels: dict[str, np.ndarray], xs: np.ndarray, refs: np.ndarray) -> np.ndarray:
+def closed_loop_labels(
+    labels: dict[str, np.ndarray], xs: Sequence[np.ndarray], refs: Sequence[np.ndarray]
+) -> np.ndarray:
     """|dJ/du_t · du_0/de| with the gradient of the recorded closed-loop cost instead of the MPC's own curvature.
 
     A backward pass along each executed run, with the model's Jacobians A, B and the controller's feedback
     K = du_0/dx_0 (what the controller remembers is left out):
 
-        g_t = B_tᵀ p_{t+1},   p_t = 2 Q (x_t - r_t) + A_tᵀ p_{t+1} + K_tᵀ g_t,   p_T = 2 Q (x_T - r_T)
+        g_t = B_tᵀ p_{t+1},   p_t = 2 Q (x_t - r_t) + A_tᵀ p_{t+1} + K_tᵀ g_t
+
+    It takes every control step; A, B and K between two labels are those of the earlier one.
 
     Args:
-        labels: Labels of consecutive steps of runs, as `labelled` writes them, run after run.
-        xs: The states that they belong to, (B, 14).
+        labels: Labels of some steps of runs, as `label_samples` gives them, with `run` and `step`.
+        xs: The states of each run, (T+1, 14).
         refs: The reference there.
     """
-    Q, S = np.asarray(panda.WEIGHTS), np.empty_like(labels["S"])
-    slope = 2.0 * Q * (xs - refs)
+    Q, S = np.asarray(panda.WEIGHTS), np.zeros_like(labels["S"])
+    A, B, K, du0_de = (np.nan_to_num(labels[name]) for name in ("A", "B", "du0_dx0", "du0_de"))
     for run in np.unique(labels["run"]):
         which = np.flatnonzero(labels["run"] == run)
-        p = np.zeros(14)
-        for i in which[np.argsort(-labels["step"][which])]:
-            K = np.nan_to_num(labels["du0_dx0"][i]) if not labels["ok"][i] else labels["du0_dx0"][i]
-            g = labels["B"][i].T @ p
-            p = slope[i] + labels["A"][i].T @ p + K.T @ g
-            S[i] = np.abs(np.einsum("j,jkx->kx", g, labels["du0_de"][i]))
+        which = which[np.argsort(labels["step"][which])]
+        place = {int(step): i for step, i in zip(labels["step"][which], which, strict=True)}
+        steps, p = labels["step"][which], np.zeros(14)
+        for t in range(int(steps[-1]), int(steps[0]) - 1, -1):
+            i = which[np.searchsorted(steps, t, "right") - 1]
+            g = B[i].T @ p
+            p = 2.0 * Q * (xs[run][t] - refs[run][t]) + A[i].T @ p + K[i].T @ g
+            if t in place:
+                S[i] = np.abs(np.einsum("j,jkx->kx", g, du0_de[i]))
     return S
 
 

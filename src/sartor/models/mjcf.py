@@ -61,9 +61,7 @@ def from_mujoco(mj_model: mujoco.MjModel) -> RigidBody:
         tuple(link.slide for link in links),
         tuple((mj_model.body(b).name, link_of[b]) for b in bodies),
         *(jnp.asarray(np.array(a)) for a in (*arrays, mj_model.dof_armature, mj_model.dof_damping)),
-        gravity=jnp.asarray(
-            mj_model.opt.gravity * (not mj_model.opt.disableflags & mujoco.mjtDisableBit.mjDSBL_GRAVITY)
-        ),
+        gravity=jnp.asarray(_gravity(mj_model)),
     )
 
 
