@@ -70,6 +70,8 @@ class Workers:
 
     def run(self, phase: str, jobs: Sequence[Job]) -> None:
         """Do all jobs whose output is missing. A job that fails ends the phase with its error; the others stay."""
+        if not jobs:
+            return
         begun = time.monotonic()
         missing = [job for job in jobs if not job.output.exists()]
         shares = {str(job.output): float(job not in missing) for job in jobs}
