@@ -160,8 +160,7 @@ PEER_NOTE = (
     "The same steps of the closed loops, from the same warm starts and contexts, in turn. acados: SQP_RTI with"
     " Gauss-Newton, RK4, dynamics and sensitivities by CasADi's automatic differentiation; one robot after another;"
     " preparation and feedback together. The parameters of the networks are constants of its code, arguments of ours."
-    " Ours without history, context and"
-    " shift."
+    " Ours without history, context and shift."
 )
 
 

@@ -78,4 +78,10 @@ def test_wrong_input_is_named_before_anything_runs(files, tmp_path, capsys, more
     with pytest.raises(SystemExit):
         cli.main([*command(files, verb), *more, "--out", str(tmp_path / "new")])
     assert message in " ".join(capsys.readouterr().out.split())
-    assert not (tmp_path / "new" / "labels").exists()
+    assert not (tmp_path / "new").exists()  # the corrected command may have the folder
+
+
+def test_a_folder_of_other_settings_is_refused(files, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([*command(files, "label"), "--position-weight", "5"])
+    assert "other settings or files (position_weight)" in " ".join(capsys.readouterr().out.split())

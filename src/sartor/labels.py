@@ -321,6 +321,12 @@ class _Later(eqx.Module):
     def __call__(self, x, u, k, theta):
         return self.fn(x, u, k + 1, theta)
 
+    @property
+    def contracted_hessian(self):
+        """That of `fn`, if it has one."""
+        inner = self.fn.contracted_hessian
+        return lambda x, u, k, theta, lam: inner(x, u, k + 1, theta, lam)
+
 
 def _terminal_penalty(problem: Problem, theta: Theta, x: Array) -> Array:
     h = problem.terminal_rows(x, theta)

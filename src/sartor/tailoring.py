@@ -113,7 +113,6 @@ class Label(Task):
 class Labelled(eqx.Module):
     """Samples with their labels."""
 
-    problem: Problem
     model: AbstractModel
     samples: Windows
     S: np.ndarray
@@ -123,13 +122,12 @@ class Labelled(eqx.Module):
 
 
 def run_label(task: Task, monitor: Monitor) -> Labelled:
-    """Label all samples of the logs, and write `labels.parquet` and, for a new model, `start.npz`.
+    """Label all samples of the logs, and write `labels.parquet`.
 
     Fails: `ValueError` for wrong files, columns or numbers.
     """
     if not task.logs:
         raise ValueError("logs is empty: give CSV or Parquet files of the robot's closed loop.")
-    _claim(task)
     mj_model = mujoco.MjModel.from_xml_path(str(task.robot))
     body = from_mujoco(mj_model)
     problem = _problem(task, body.nq, _limits(task, mj_model))
@@ -145,7 +143,7 @@ def run_label(task: Task, monitor: Monitor) -> Labelled:
         pq.write_table(pa.table(table), new)
     if not ok.any():
         raise ValueError("no sample has a label: does the controller's problem fit the logs (weights, limits, dt)?")
-    return Labelled(problem, model, samples.take(ok), found["S"][ok], int((~ok).sum()))
+    return Labelled(model, samples.take(ok), found["S"][ok], int((~ok).sum()))
 
 
 def run_tailor(task: Tailor, monitor: Monitor) -> tuple[Labelled, dict[str, tuple[float, float]]]:
@@ -187,6 +185,7 @@ def _labels(
     task: Task, problem: Problem, model: AbstractModel, logs: list[Log], samples: Windows, monitor: Monitor
 ) -> dict[str, np.ndarray]:
     refs = references_ahead(logs, samples, task.horizon)
+    _claim(task)  # not before: what was refused for a typing error must not hold the folder
     parts = []
     for start in range(0, samples.size, _PART):
         which = np.arange(start, min(start + _PART, samples.size))
@@ -256,13 +255,10 @@ def _problem(task: Task, n: int, limits: np.ndarray) -> Problem:
 
 
 def _start(task: Task, body: RigidBody) -> AbstractModel:
-    """The model that is labelled: given, left by an interrupted run, or new."""
-    path = task.model or task.out / "start.npz"
-    if task.model is None and not path.exists():
-        make = {"cadelac": CaDeLaC, "mlp": ResidualMLP}[task.kind]
-        task.out.mkdir(parents=True, exist_ok=True)
-        save_model(path, make(body, key=jax.random.key(task.seed)))
-    model = load_model(path)
+    """The model that is labelled: given, or new; the seed says which."""
+    if task.model is None:
+        return {"cadelac": CaDeLaC, "mlp": ResidualMLP}[task.kind](body, key=jax.random.key(task.seed))
+    model = load_model(task.model)
     if model.body.names != body.names:
-        raise ValueError(f"{path} is a model of a robot with the joints {model.body.names}, not {body.names}.")
+        raise ValueError(f"{task.model} is a model of a robot with the joints {model.body.names}, not {body.names}.")
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, float) if eqx.is_inexact_array(leaf) else leaf, model)

@@ -155,7 +155,17 @@ class TorqueHessian(NamedTuple):
 def torque_hessian(
     body: RigidBody, q: Float[Array, " n"], qd: Float[Array, " n"], qdd: Float[Array, " n"], sigma: Float[Array, " n"]
 ) -> TorqueHessian:
-    """Second derivatives of σᵀ inverse_dynamics(body, q, q̇, q̈) for constant σ, by the analytical formulas (D16)."""
+    """Second derivatives of σᵀ inverse_dynamics(body, q, q̇, q̈) for constant σ, by the analytical formulas (D16).
+
+    Args:
+        body: The robot.
+        q: Positions [rad or m].
+        qd: Velocities.
+        qdd: Accelerations.
+        sigma: σ, such as M⁻¹ times the adjoint of the accelerations.
+
+    Returns: blocks (n, n), in units of στ over those of the two variables.
+    """
     motion = _move(body, q, qd, qdd)
     V_sigma = _path(body, scale(sigma, motion.S))
     return _second_partials(body, motion, V_sigma)

@@ -70,8 +70,8 @@ class SQP(AbstractSolver):
     max_inner_steps: int = 40
     """Largest number of interior-point steps in one QP."""
     line_search: bool = True
-    """Whether steps are shortened until (D6) falls. Without, a step costs half as much, and a solve that begins near
-    its solution gets there as well; one that does not converge is reported as always."""
+    """Whether steps are shortened until (D6) falls. Without, a step is cheaper, and a solve that begins near its
+    solution gets there as well; one that does not converge is reported as always."""
     real_time: bool = False
     """One full step from the (shifted) guess: the real-time iteration. Not a solution; `stats.kkt_norm`, the residual
     of the guess, says how far from one the step began. `successful` says that the QP was solved, and its hard rows
