@@ -140,10 +140,11 @@ class Config:
     """Layers of the residual's networks."""
     num_contexts: int = 10
     """Size of the context."""
-    hidden: int = 10
+    hidden: int = 24
     """Size of the encoder's LSTMs."""
-    num_layers: int = 5
-    """Number of LSTMs."""
+    num_layers: int = 1
+    """Number of LSTMs. One of 24 has no more parameters than the published five of 10, and learns far more in the same
+    time."""
     workers: int = 2
     """Processes, one for each core; 0: do all in this one."""
 

@@ -23,19 +23,26 @@ VARIANTS: dict[str, list[tuple[str, tuple[str, ...], dict[str, Any]]]] = {
         ("100 payloads", _BOTH, {"finetune_payloads": 100}),
         ("no excitation kept", _BOTH, {"kept": -1}),
         ("no anchor", _BOTH, {"anchor": 0.0}),
+        ("anchor of 1", _BOTH, {"anchor": 1.0}),
         ("anchor of 3", _BOTH, {"anchor": 3.0}),
-        ("anchor of 30", _BOTH, {"anchor": 30.0}),
         ("damping known", _BOTH, {"damping": 1.0}),
         ("context of 2", _BOTH, {"num_contexts": 2}),
     ],
     "capacity": [
+        ("[8, 8], LSTM of 8", _BOTH, {"widths": (8, 8), "hidden": 8}),
         ("[8, 8]", _BOTH, {"widths": (8, 8)}),
         ("[16, 12]", _BOTH, {"widths": (16, 12)}),
+        ("5 LSTMs of 10", _BOTH, {"hidden": 10, "num_layers": 5}),
         ("[60, 40]", _BOTH, {"widths": (60, 40)}),
     ],
     "rounds": [
         ("two rounds", ("stand", "ours", "stand_env", "regret_env"), {"rounds": 2}),
         ("two rounds, dither", ("stand",), {"rounds": 2, "dither": 0.02}),
+        (
+            "two rounds, 100 payloads, anchor of 3",
+            ("stand", "stand_env", "regret_env"),
+            {"rounds": 2, "finetune_payloads": 100, "anchor": 3.0},
+        ),
     ],
 }
 """By study: a name, the weightings, and the fields of the configuration that differ."""

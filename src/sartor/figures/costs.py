@@ -1,6 +1,5 @@
 """Closed-loop costs: who tracks better than `stand`, where, and how sure that is."""
 
-import ast
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -113,7 +112,7 @@ def capacity(rows: Columns) -> Figure | None:
     arms = [arm for arm in tuned(rows, "capacity").get(p, []) if _has(rows, arm, Arm("stand", p))]
     if not arms:
         return None
-    sizes = sorted({arm.variant for arm in arms}, key=_size)
+    sizes = list(dict.fromkeys(arm.variant for arm in arms))
     fig = Figure(figsize=(7.0, 4.0))
     ax = fig.subplots()
     methods = order([arm.method for arm in arms])
@@ -127,7 +126,7 @@ def capacity(rows: Columns) -> Figure | None:
         ax.plot(x[rank], value[rank], **line(method), marker="o", ms=5, label=method)
     ax.axhline(100.0, color=_INK, lw=0.9)
     ax.set_xticks(range(len(sizes)), sizes)
-    ax.set_xlabel("hidden layers of the networks")
+    ax.set_xlabel("networks: hidden layers of inertia and potential, encoder")
     ax.set_ylabel("cost, % of stand at the published size")
     fig.legend(loc="outside lower center", ncols=5)
     return fig
@@ -164,14 +163,6 @@ def _saturated(rows: Columns) -> set[int]:
         return pairing.saturated_environments(rows)
     except pairing.MissingEpisodes:
         return set()
-
-
-def _size(variant: str) -> tuple[int, str]:
-    """Number of hidden units of "[8, 8]"."""
-    try:
-        return sum(ast.literal_eval(variant)), variant
-    except (ValueError, SyntaxError, TypeError):
-        return 0, variant
 
 
 def _by_environment(each: pairing.Pairs, environments: list[int]) -> np.ndarray:
