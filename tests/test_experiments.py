@@ -7,6 +7,7 @@ import pytest
 
 from sartor import report_panda
 from sartor.experiments import panda
+from sartor.experiments.panda_studies import VARIANTS
 
 
 @pytest.fixture(scope="module")
@@ -73,15 +74,17 @@ def test_another_run_in_the_same_folder_is_refused(finished):
         ({"tests": 21}, "tests must be at most 20"),
         ({"weightings": ("ours",)}, "must contain 'stand'"),
         ({"seeds": -1}, "seeds must be at least 0"),
+        ({"share": 0.5}, "share mixes weights of single entries; those of .*regret"),
     ],
 )
 def test_wrong_settings_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
-        panda.Config(**fields)
+        panda.Config(**fields).resolved()
 
 
 @pytest.mark.slow  # some minutes of compiling
-def test_rounds_protocols_and_the_truth_check(tmp_path):
+def test_rounds_protocols_and_the_truth_check(tmp_path, monkeypatch):
+    monkeypatch.setitem(VARIANTS, "rounds", VARIANTS["rounds"][:2])  # not that of 100 payloads
     config = panda.Config(
         preset="smoke", workers=2, validation=1, truth=1, protocols=("stand",), studies=("rounds",), study_seeds=1,
         epochs=2, steps=80, weightings=("stand", "ours", "stand_env", "regret_env", "closed_loop"),

@@ -168,7 +168,11 @@ class Config:
     def resolved(self) -> "Config":
         """The same with the numbers of the preset filled in."""
         missing = {name: value for name, value in _PRESETS[self.preset].items() if not getattr(self, name)}
-        return replace(self, **missing)
+        config = replace(self, **missing)
+        matrices = [name for name in config.weightings if name.startswith("regret")]
+        if self.share and matrices:
+            raise ValueError(f"share mixes weights of single entries; those of {matrices} are matrices: drop them.")
+        return config
 
 
 def run(config: Config, out: Path, monitor: Monitor | None = None, command: str = "") -> None:
