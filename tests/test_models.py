@@ -91,6 +91,15 @@ def test_the_robot_is_not_trained():
     assert count(eqx.filter(ALL[2], trainable(ALL[2]))) == 0
 
 
+def test_frozen_fields_are_not_trained_and_must_exist():
+    model = published()
+    free = eqx.filter(model, trainable(model, ("inertia", "encoder")))
+    assert not jax.tree.leaves([free.body, free.inertia, free.encoder])
+    assert count(free) == count(model.potential)
+    with pytest.raises(ValueError, match="frozen names 'mass', but a CaDeLaC has .*inertia"):
+        trainable(model, ("mass",))
+
+
 @pytest.mark.parametrize("cls", [CaDeLaC, ResidualMLP])
 @pytest.mark.parametrize("name", ["num_contexts", "hidden", "num_layers", "history_length"])
 def test_sizes_below_one_are_refused(cls, name):

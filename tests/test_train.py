@@ -217,6 +217,11 @@ def test_an_anchor_holds_the_model_at_the_torques_of_all_samples():
     np.testing.assert_allclose(held.torque_offset, 2.0, atol=0.02)
 
 
+def test_a_frozen_field_stays():
+    model, _ = run(config=dataclasses.replace(CONFIG, frozen=("torque_offset",)))
+    assert same(model, OFFSET) and not same(run()[0], OFFSET)
+
+
 def test_the_loss_falls_and_the_robot_stays():
     model, curve = run()
     assert len(curve.train) == CONFIG.epochs and curve.validation == []

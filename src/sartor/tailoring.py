@@ -257,7 +257,8 @@ def _problem(task: Task, n: int, limits: np.ndarray) -> Problem:
 def _start(task: Task, body: RigidBody) -> AbstractModel:
     """The model that is labelled: given, or new; the seed says which."""
     if task.model is None:
-        return {"cadelac": CaDeLaC, "mlp": ResidualMLP}[task.kind](body, key=jax.random.key(task.seed))
+        kind = {"cadelac": CaDeLaC, "mlp": ResidualMLP}[task.kind]
+        return kind(body, hidden=24, num_layers=1, key=jax.random.key(task.seed))  # learns more than the published five
     model = load_model(task.model)
     if model.body.names != body.names:
         raise ValueError(f"{task.model} is a model of a robot with the joints {model.body.names}, not {body.names}.")

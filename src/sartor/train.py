@@ -82,6 +82,8 @@ class Config:
     noise: tuple[float, ...] = ()
     """Standard deviations (3n,) of noise on every row of the histories, fresh in every step; () for none. It keeps the
     context from following single rows, through which the controller would otherwise feed back on itself."""
+    frozen: tuple[str, ...] = ()
+    """Fields of the model that stay as they are, as "inertia" of a `CaDeLaC`."""
 
     def __post_init__(self):
         for name, value in (("epochs", self.epochs), ("batch", self.batch)):
@@ -262,7 +264,7 @@ def optimise(
     batch = min(config.batch, num_samples)
     num_steps = num_samples // batch
     optimiser = _optimiser(config.learning_rate, config.weight_decay, config.epochs * num_steps)
-    free, fixed = eqx.partition(model, trainable(model))
+    free, fixed = eqx.partition(model, trainable(model, config.frozen))
     scale = 1.0 / mean_loss(loss, model, data)
     state = (free, optimiser.init(free), jnp.zeros((2, config.epochs)))
     epoch, state = _resume(checkpoint, state)

@@ -36,20 +36,20 @@ Monitor = Callable[[str, float, float], None]
 _SMOKE: dict[str, Any] = dict(
     models=1, seeds=1, weightings=("stand", "ours"), rollouts=(2,), steps=40, pretrain_payloads=4,
     pretrain_references=1, pretrain_epochs=2, finetune_payloads=2, kept=2, label_stride=8, epochs=1, batch=32, tests=2,
-    curvature="gauss_newton",
+    curvature="gauss_newton", anchor=10.0,
 )  # fmt: skip
 _QUICK: dict[str, Any] = dict(
     models=1, seeds=1, weightings=("stand", "ours", "stand_env", "regret_env"), rollouts=(4,), steps=500,
     pretrain_payloads=60, pretrain_references=2, pretrain_epochs=30, finetune_payloads=30, kept=30, label_stride=5,
     epochs=8,
-    batch=256, tests=20, curvature="gauss_newton",
+    batch=256, tests=20, curvature="gauss_newton", anchor=10.0,
 )  # fmt: skip
 _PAPER: dict[str, Any] = dict(
     models=2, seeds=5,
     weightings=("ones", "stand", "norm", "mpc_cost", "ours", "ours_avg", "ours_shuffled", "stand_env", "regret",
                 "regret_env", "closed_loop"),
     rollouts=(4, 1, 12), steps=500, pretrain_payloads=100, pretrain_references=2, pretrain_epochs=40,
-    finetune_payloads=60, kept=30, label_stride=5, epochs=8, batch=256, tests=20, curvature="exact",
+    finetune_payloads=60, kept=30, label_stride=5, epochs=8, batch=256, tests=20, curvature="exact", anchor=3.0,
     studies=("rounds", "capacity", "ablation"), study_seeds=2, validation=10, protocols=("stand", "ours"), truth=4,
 )  # fmt: skip
 _PRESETS = {"smoke": _SMOKE, "quick": _QUICK, "paper": _PAPER}
@@ -81,8 +81,10 @@ class Config:
     """Passes over those data."""
     pretrain_stride: int = 2
     """Every so many samples of them are used."""
-    anchor: float = 10.0
-    """Weight of the inverse-dynamics loss in fine-tuning; 0 for rollouts alone, as published."""
+    anchor: float | None = None
+    """Weight of the inverse-dynamics loss in fine-tuning; 0 for rollouts alone, as published; none: from the preset."""
+    frozen: tuple[Literal["encoder", "inertia", "potential"], ...] = ()
+    """Parts of the model that fine-tuning leaves as they are."""
     pretrain_noise: float = 0.3
     """Noise on the histories in pretraining, in units of the published one."""
     pretrain_batch: int = 256
@@ -167,7 +169,8 @@ class Config:
 
     def resolved(self) -> "Config":
         """The same with the numbers of the preset filled in."""
-        missing = {name: value for name, value in _PRESETS[self.preset].items() if not getattr(self, name)}
+        unset = lambda value: value is None or not isinstance(value, float) and not value
+        missing = {name: value for name, value in _PRESETS[self.preset].items() if unset(getattr(self, name))}
         config = replace(self, **missing)
         matrices = [name for name in config.weightings if name.startswith("regret")]
         if self.share and matrices:

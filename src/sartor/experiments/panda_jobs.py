@@ -71,7 +71,9 @@ def finetune(output: Path, start: Path, files: tuple[Path, ...], cell: Cell, con
         cell.method, samples.take(which), {name: value[which] for name, value in labels.items()}, model, cell.p,
         config, cell.seed,
     )  # fmt: skip
-    training = Training(config.epochs, config.batch, config.learning_rate, seed=cell.seed, anchor=config.anchor)
+    training = Training(
+        config.epochs, config.batch, config.learning_rate, seed=cell.seed, anchor=config.anchor, frozen=config.frozen
+    )
     validation = (samples.take(held_out), loss_weights(held_out)) if held_out.any() else None
 
     def after_epoch(epoch: int, model: Any) -> None:

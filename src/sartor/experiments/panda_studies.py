@@ -24,7 +24,8 @@ VARIANTS: dict[str, list[tuple[str, tuple[str, ...], dict[str, Any]]]] = {
         ("no excitation kept", _BOTH, {"kept": -1}),
         ("no anchor", _BOTH, {"anchor": 0.0}),
         ("anchor of 1", _BOTH, {"anchor": 1.0}),
-        ("anchor of 3", _BOTH, {"anchor": 3.0}),
+        ("anchor of 10", _BOTH, {"anchor": 10.0}),
+        ("inertia as pretrained, no anchor", _BOTH, {"anchor": 0.0, "frozen": ("inertia",)}),
         ("damping known", _BOTH, {"damping": 1.0}),
         ("context of 2", _BOTH, {"num_contexts": 2}),
     ],
@@ -36,12 +37,13 @@ VARIANTS: dict[str, list[tuple[str, tuple[str, ...], dict[str, Any]]]] = {
         ("[60, 40]", _BOTH, {"widths": (60, 40)}),
     ],
     "rounds": [
-        ("two rounds", ("stand", "ours", "stand_env", "regret_env"), {"rounds": 2}),
+        ("two rounds", ("stand", "ours", "stand_env", "regret"), {"rounds": 2}),
         ("two rounds, dither", ("stand",), {"rounds": 2, "dither": 0.02}),
+        ("two rounds, 100 payloads", ("stand", "stand_env", "regret"), {"rounds": 2, "finetune_payloads": 100}),
         (
-            "two rounds, 100 payloads, anchor of 3",
-            ("stand", "stand_env", "regret_env"),
-            {"rounds": 2, "finetune_payloads": 100, "anchor": 3.0},
+            "two rounds, 100 payloads, anchor of 1",
+            ("stand",),
+            {"rounds": 2, "finetune_payloads": 100, "anchor": 1.0},
         ),
     ],
 }

@@ -11,6 +11,9 @@ It needs the log of states and torques alone, so it is the same in pretraining, 
 the first interval the robot is taken to have been at rest, with nothing left out.
 """
 
+import dataclasses
+import operator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -144,10 +147,19 @@ def rest(q: Float[Array, " n"], length: int) -> Float[Array, "H 3*n"]:
     return jnp.tile(jnp.concatenate([q, jnp.zeros(2 * q.shape[0], q.dtype)]), (length, 1))
 
 
-def trainable(model: AbstractModel) -> PyTree:
-    """Which leaves of a model are trained: all floating-point arrays but those of `body`."""
+def trainable(model: AbstractModel, frozen: Sequence[str] = ()) -> PyTree:
+    """Which leaves of a model are trained: all floating-point arrays but those of `body` and of the fields `frozen`.
+
+    Fails: `ValueError` if the model has no such field.
+    """
+    parts = [field.name for field in dataclasses.fields(model)]
     mask = jax.tree.map(eqx.is_inexact_array, model)
-    return eqx.tree_at(lambda m: m.body, mask, jax.tree.map(lambda _: False, model.body))
+    for name in ("body", *frozen):
+        if name not in parts:
+            raise ValueError(f"frozen names {name!r}, but a {type(model).__name__} has {parts}.")
+        none = jax.tree.map(lambda _: False, getattr(model, name))
+        mask = eqx.tree_at(operator.attrgetter(name), mask, none)
+    return mask
 
 
 def _ode(x: Array, u: Array, theta: Theta) -> Array:
