@@ -12,8 +12,9 @@ from sartor.models.mjcf import from_mujoco
 from sartor.models.mlp import ResidualMLP
 from sartor.models.store import save_model
 from sartor.plant import Plants
+from sartor.samples import windows
 from sartor.tracking import Tracker, track
-from sartor.train import Config, fit, windows
+from sartor.train import Config, fit
 from sartor.weights import from_labels
 
 jax.config.update("jax_enable_x64", True)

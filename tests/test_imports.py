@@ -16,7 +16,7 @@ ORDER = [
     {"solvers.qp", "solvers.active_set"}, {"solvers.sqp", "solvers.box_ddp"}, {"solve"}, {"labels"}, {"mpc"}, {"files"},
     {"models.spatial"}, {"models.rigid_body", "models.integrate"}, {"models.mjcf"}, {"models.base"},
     {"models.lagrangian"}, {"models.mlp"}, {"models.store"}, {"data"}, {"logs", "lerobot_meta"}, {"lerobot"},
-    {"weights"}, {"train"}, {"labelling"}, {"plant", "render"}, {"tracking"},
+    {"weights"}, {"samples"}, {"train"}, {"labelling"}, {"plant", "render"}, {"tracking"},
     {"systems"}, {"pairing"}, {"evaluate"}, {"report"}, {"figures"}, {"tables"}, {"report_panda"}, {"experiments"},
     {"tailoring"}, {"cli"},
 ]  # fmt: skip

@@ -10,8 +10,8 @@ from sartor.experiments.panda_studies import VARIANTS, Cell, cells
 from sartor.experiments.panda_truth import correlations
 from sartor.experiments.panda_weights import closed_loop_labels, combined, weights
 from sartor.files import save_arrays
+from sartor.samples import Windows
 from sartor.systems import panda
-from sartor.train import Windows
 
 PAPER = Config(preset="paper").resolved()
 

@@ -14,8 +14,8 @@ from sartor.models.base import ArmDynamics, Theta, history, rest
 from sartor.models.mjcf import from_mujoco
 from sartor.models.mlp import ResidualMLP
 from sartor.plant import Plants
+from sartor.samples import windows
 from sartor.tracking import Tracker, follow, track
-from sartor.train import windows
 
 DT, N, STEPS, LENGTH = 0.02, 5, 30, 3
 ARM = """

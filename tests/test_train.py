@@ -15,19 +15,8 @@ from sartor.models.base import AbstractModel, ArmDynamics, Theta, history, rest
 from sartor.models.mjcf import from_mujoco
 from sartor.models.mlp import ResidualMLP
 from sartor.models.rigid_body import RigidBody
-from sartor.train import (
-    Config,
-    TorqueSamples,
-    fit,
-    inverse_loss,
-    losses,
-    mean_loss,
-    optimise,
-    pretrain,
-    rollout_loss,
-    torque_loss,
-    windows,
-)
+from sartor.samples import TorqueSamples, windows
+from sartor.train import Config, fit, inverse_loss, losses, mean_loss, optimise, pretrain, rollout_loss, torque_loss
 from sartor.weights import Elementwise, constant
 
 DT = 0.02

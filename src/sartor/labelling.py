@@ -13,11 +13,11 @@ from sartor.data import Log
 from sartor.labels import label
 from sartor.models.base import AbstractModel, Theta
 from sartor.problem import Problem
+from sartor.samples import Windows
 from sartor.sensitivity import trajectory_error
 from sartor.solution import RESULTS, guess
 from sartor.solvers.base import AbstractSolver
 from sartor.solvers.sqp import SQP
-from sartor.train import Windows
 
 SOLVER = SQP(curvature="gauss_newton", tol=1e-7, max_steps=30, line_search=False)
 """Solves begin near their solutions: full steps get there."""

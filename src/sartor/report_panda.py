@@ -68,7 +68,7 @@ def table(folder: Path) -> Table:
     files = load(folder)
     out = Table(title=_title(files), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     out.caption, out.caption_justify = f"±: half of the 95 % interval. {_footnote(files)}", "left"
-    out.add_column("\nweighting", overflow="fold")
+    out.add_column("\nweighting", overflow="fold", min_width=max(map(len, BASELINES)))
     for name in (
         "cost, %\nof stand", "unsatu-\nrated", "satu-\nrated", "J mean\nmedian", "q mrad\nqd rad/s",
         "e.e. mm\nat limit", "unstable\nfailed",

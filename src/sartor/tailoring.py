@@ -29,8 +29,9 @@ from sartor.models.mlp import ResidualMLP
 from sartor.models.rigid_body import RigidBody
 from sartor.models.store import load_model, save_model
 from sartor.problem import Problem
+from sartor.samples import Windows, windows
 from sartor.systems import arm
-from sartor.train import Config, Windows, fit, mean_loss, rollout_loss, windows
+from sartor.train import Config, fit, mean_loss, rollout_loss
 from sartor.weights import States, Weights, constant, explained, from_labels
 
 Monitor = Callable[[str, float, float], None]

@@ -1,4 +1,4 @@
-"""Training: windows of logs, the weighted loss of rollouts, and the loop that minimises it.
+"""Training: the weighted loss of rollouts, and the loop that minimises it.
 
     loss(θ) = mean over samples of the weighted errors (D15) of  x̂_0 = x_t,  x̂_{k+1} = RK4(x̂_k, u_{t+k}, z_t; θ)
 
@@ -7,7 +7,7 @@ with z_t from the history at t and held, as the controller holds it.
 References: Węgrzynowski et al., Learning What Matters, eq. (1).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -20,43 +20,15 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from sartor.data import Log
 from sartor.files import load_tree, save_tree
-from sartor.models.base import AbstractModel, ArmDynamics, Theta, history, rest, trainable
+from sartor.models.base import AbstractModel, ArmDynamics, Theta, trainable
+from sartor.samples import TorqueSamples, Windows
 from sartor.weights import Weights
 
 Loss = Callable[[Any, Any, Any], Array]
 """loss(model, batch) -> (B,)."""
 Monitor = Callable[[int, int], None]
 """monitor(done, total), called as training proceeds."""
-
-
-class Windows(NamedTuple):
-    """Samples: a state with its past, and what came after. The first axis is that of samples."""
-
-    x0: np.ndarray
-    """(B, nx), measured states."""
-    us: np.ndarray
-    """(B, P, nu), the controls that followed."""
-    xs: np.ndarray
-    """(B, P, nx), the states that followed."""
-    history: np.ndarray
-    """(B, H, 3n), the past (D13)."""
-    run: np.ndarray
-    """(B,), index of the log."""
-    step: np.ndarray
-    """(B,), control step in the log."""
-    environment: np.ndarray
-    """(B,), environment of the log."""
-
-    @property
-    def size(self) -> int:
-        """B."""
-        return len(self.x0)
-
-    def take(self, which: Any) -> "Windows":
-        """Some of the samples."""
-        return Windows(*(field[which] for field in self))
 
 
 @dataclass(frozen=True)
@@ -100,23 +72,6 @@ class Curve(NamedTuple):
     """Mean over the gradient steps of the epoch."""
     validation: list[float]
     """On the validation samples; empty without any."""
-
-
-def windows(logs: Sequence[Log], model: AbstractModel, num_steps: int, *, stride: int = 1) -> Windows:
-    """All samples of `num_steps` steps in some logs, with their histories.
-
-    Args:
-        logs: Runs of the robot.
-        model: Its nominal robot and `history_length` are used.
-        num_steps: P, steps that follow each sample.
-        stride: Take every so many control steps.
-
-    Fails: `ValueError` for a log that is too short or of another robot.
-    """
-    if not logs:
-        raise ValueError("logs is empty: there is nothing to learn from.")
-    parts = [_windows_of(log, i, model, num_steps, stride) for i, log in enumerate(logs)]
-    return Windows(*(np.concatenate(fields) for fields in zip(*parts, strict=True)))
 
 
 def rollout_errors(
@@ -211,21 +166,6 @@ def fit(
     return optimise(loss, model, (samples, weights), config, validation, checkpoint, monitor, after_epoch)
 
 
-class TorqueSamples(NamedTuple):
-    """Samples for pretraining. The first axis is that of samples."""
-
-    q: np.ndarray
-    """(B, n) [rad]."""
-    qd: np.ndarray
-    """(B, n)."""
-    qdd: np.ndarray
-    """(B, n)."""
-    target: np.ndarray
-    """(B, n), torques that the nominal robot leaves out [Nm]."""
-    history: np.ndarray
-    """(B, H, 3n), the past (D13)."""
-
-
 def torque_loss(variances: tuple[float, ...], model: AbstractModel, batch: TorqueSamples) -> Float[Array, " B"]:
     """Σ_j (residual_j - target_j)²/variance_j of each sample of a batch.
 
@@ -311,27 +251,6 @@ def losses(loss: Callable, model: AbstractModel, data: PyTree, batch: int = 512)
         which = np.arange(start, start + batch) * (np.arange(start, start + batch) < num_samples)
         values.append(_losses(loss, model, _take(data, which)))
     return np.concatenate(values)[:num_samples]
-
-
-def _windows_of(log: Log, run: int, model: AbstractModel, num_steps: int, stride: int) -> Windows:
-    n, length, num = model.body.nq, model.history_length, len(log.us)
-    if log.us.shape[1] != n:
-        raise ValueError(f"logs[{run}] has {log.us.shape[1]} joints, but the model has {n}: it is of another robot.")
-    if num < num_steps:
-        raise ValueError(f"logs[{run}] has {num} control steps: a sample needs {num_steps} to follow it.")
-    past = np.asarray(_history(model.body, jnp.asarray(log.xs), jnp.asarray(log.us), log.dt))
-    past = np.concatenate([np.asarray(rest(jnp.asarray(log.xs[0, :n]), length)), past])
-    steps = np.arange(0, num - num_steps + 1, stride)
-    ahead = steps[:, None] + np.arange(num_steps)
-    behind = steps[:, None] + np.arange(length)
-    count = len(steps)
-    return Windows(
-        log.xs[steps], log.us[ahead], log.xs[ahead + 1], past[behind].astype(np.float32),
-        np.full(count, run), steps, np.full(count, log.environment),
-    )  # fmt: skip
-
-
-_history = eqx.filter_jit(history)
 
 
 @eqx.filter_jit

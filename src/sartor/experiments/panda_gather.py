@@ -19,8 +19,8 @@ from sartor.files import read_json, replacing_file, save_arrays, write_json
 from sartor.lerobot import write_lerobot
 from sartor.models.store import load_model
 from sartor.render import RenderUnavailable, clip
+from sartor.samples import windows
 from sartor.systems import panda
-from sartor.train import windows
 from sartor.weights import explained
 
 

@@ -12,9 +12,9 @@ from sartor.experiments.panda_studies import Cell
 from sartor.experiments.panda_weights import NEEDS_LABELS, closed_loop_labels, weights
 from sartor.files import load_arrays, save_arrays
 from sartor.models.store import load_model, save_model
+from sartor.samples import Windows, windows
 from sartor.systems import panda
 from sartor.train import Config as Training
-from sartor.train import Windows, windows
 
 Part = tuple[Path, np.ndarray]
 """A file, and which runs it holds."""

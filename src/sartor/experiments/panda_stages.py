@@ -28,10 +28,11 @@ from sartor.models.rigid_body import RigidBody, inverse_dynamics, mass_matrix
 from sartor.models.store import load_model, save_model
 from sartor.plant import Plants, end_effector
 from sartor.riccati import factor
+from sartor.samples import TorqueSamples, Windows, windows
 from sartor.systems import panda
 from sartor.tracking import Tracker, Tracking, follow, track
 from sartor.train import Config as Training
-from sartor.train import TorqueSamples, Windows, fit, pretrain, windows
+from sartor.train import fit, pretrain
 
 CUTOFF = float("inf")  # of the context [Hz]: as published, the context is not filtered in simulation
 MAX_ERROR, MAX_ACCELERATION = 0.3, 20.0  # [rad], [rad/s²]

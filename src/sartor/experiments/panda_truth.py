@@ -21,11 +21,12 @@ from sartor.files import load_arrays, save_arrays, write_json
 from sartor.labels import label
 from sartor.models.base import Theta
 from sartor.models.store import load_model
+from sartor.samples import Windows
 from sartor.solution import RESULTS, guess
 from sartor.solvers.sqp import SQP
 from sartor.systems import panda
 from sartor.tracking import Loop, Tracker
-from sartor.train import Windows, mean_loss, rollout_loss
+from sartor.train import mean_loss, rollout_loss
 
 STEPS = 40  # control steps that a branch runs on: the effect of one torque has died out by then
 EPS = 0.5  # [Nm]

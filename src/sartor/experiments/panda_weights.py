@@ -7,8 +7,9 @@ import equinox as eqx
 import numpy as np
 
 from sartor.models.base import AbstractModel
+from sartor.samples import Windows
 from sartor.systems import panda
-from sartor.train import Windows, losses, rollout_loss
+from sartor.train import losses, rollout_loss
 from sartor.weights import (
     Elementwise,
     States,
