@@ -54,8 +54,7 @@ def labels(x0, past, reference):
 
 ahead = log.refs[samples.step[:, None] + np.arange(N + 1)]
 S, ok = (np.asarray(a) for a in labels(samples.x0, samples.history.astype(float), ahead))
-weights = from_labels(S[ok], 4, "both")
-tailored, _ = fit(model, samples.take(ok), weights, Config(epochs=60, batch=64, learning_rate=3e-3), dt=DT)
+tailored, _ = fit(model, samples.take(ok), from_labels(S[ok], 4, "both"), Config(60, batch=64, learning_rate=3e-3))
 save_model("tailored.npz", tailored)
 print("weights of the errors of q1 and q2, one and eight steps ahead:", S[ok].mean(0)[[0, -1], :2].round(3))
 print(f"labels {ok.sum()} of {len(ok)}; tracking error {error(log):.4f} rad before, {error(drive(tailored)):.4f} after")

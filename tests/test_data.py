@@ -61,6 +61,15 @@ def test_wrong_units_are_named(q, qd, time, named):
         check(wrong, "here")
 
 
+@pytest.mark.parametrize("factor", [0.6, 0.8, 1.25, 1.67, 2.0])
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_a_wrong_rate_is_refused_with_noise_too(factor, noise):
+    draw, log = np.random.default_rng(0), run(4, 3000, 1e-3)
+    q, qd = log.xs[:, :4], log.xs[:, 4:]
+    with pytest.raises(ValueError, match="a unit or the rate is wrong"):
+        check(log._replace(xs=np.hstack([q, factor * qd + draw.normal(0, noise, qd.shape)])))
+
+
 def test_mixed_up_columns_are_named():
     log = run()
     with pytest.raises(ValueError, match=r"velocity xs\[:, 4\] is not .* It fits the position xs\[:, 2\]"):

@@ -24,7 +24,7 @@ def episodes(method, J, *, p=4, epoch=5, last=True, split="test", models=None, s
         "model": np.repeat(models, environments), "seed": np.repeat(seeds, environments),
         "environment": np.tile(np.arange(environments), runs), "J": J.ravel(), "method": method, "p": p,
         "epoch": epoch, "last": last, "split": split, "study": "main", "variant": "", "saturated": 0.0,
-        "q_rmse": 0.01, "qd_rmse": 0.1, "ee_rmse": 0.02, "failed": 1, "unstable": False,
+        "J_qd": 0.25 * J.ravel(), "q_rmse": 0.01, "qd_rmse": 0.1, "ee_rmse": 0.02, "failed": 1, "unstable": False,
     } | others  # fmt: skip
     return {name: np.broadcast_to(value, J.size) for name, value in rows.items()}
 
@@ -192,6 +192,39 @@ def test_an_epoch_of_which_only_cheap_environments_are_done_is_not_among_the_bes
     assert pairing.costs(rows, Arm("ours", 4), protocol="top_five") == {(0, 0): {0: 4.5, 1: 4.5, 2: 4.5}}
 
 
+def test_one_epoch_leaves_nothing_to_choose():
+    rows = stack(episodes("stand", np.ones((2, 3))), epochs("ours", (2, 3), [2.0, 1.0], [1.0, 2.0]))
+    for protocol in ("best_validation", "top_five"):
+        with pytest.raises(pairing.MissingEpisodes, match=protocol):
+            evaluate.ratio(rows, Arm("ours", 4), protocol=protocol)
+    assert evaluate.ratio(rows, Arm("ours", 4)).value == 1.0
+
+
+def test_a_ratio_on_validation_payloads():
+    rows = stack(
+        *(
+            epochs(method, (2, 3), [test], [validation])
+            for method, test, validation in (("stand", 1, 2), ("ours", 3, 5))
+        )
+    )
+    assert evaluate.ratio(rows, Arm("ours", 4), split="validation").value == pytest.approx(2.5)
+    assert evaluate.ratio(rows, Arm("ours", 4)).value == pytest.approx(3.0)
+
+
+def test_seeds_of_one_pretrained_model_are_not_new_trainings(rng):
+    """Two models that differ by 20 %, seeds that do not differ: the interval spans the models, however many seeds."""
+    factor = np.repeat([0.9, 1.1], 5)[:, None] * np.ones((10, 4))
+    of = dict(models=np.repeat([0, 1], 5), seeds=np.tile(np.arange(5), 2))
+    rows = stack(episodes("stand", np.ones((10, 4)), **of), episodes("ours", factor, **of))
+    found = evaluate.ratio(rows, Arm("ours", 4))
+    np.testing.assert_allclose(astuple(found)[:3], [np.sqrt(0.99), 0.9, 1.1])
+    of = dict(models=[0, 0, 1], seeds=[0, 1, 0])
+    factor = np.array([[0.8], [0.9], [1.1]]) * np.ones(4)
+    uneven = stack(episodes("stand", np.ones((3, 4)), **of), episodes("ours", factor, **of))
+    found = evaluate.ratio(uneven, Arm("ours", 4))
+    np.testing.assert_allclose([found.low, found.high], [0.8, 1.1])
+
+
 def test_headroom(rng):
     base = rng.uniform(1, 9, (3, 5))
     rows = stack(episodes("stand", base), episodes("ours", base * 0.9), oracle(5, base[:1] * 0 + 0.5))
@@ -207,6 +240,7 @@ def test_summary(rng):
     J = rng.uniform(1, 9, (3, 5))
     out = evaluate.summary(episodes("ours", J, unstable=np.arange(15) < 2), Arm("ours", 4))
     np.testing.assert_allclose([out["J"], out["J_median"]], [J.mean(), np.median(J)])
+    assert out["velocity_share"] == pytest.approx(0.25)
     assert (out["unstable"], out["failed"], out["episodes"], out["q_rmse"]) == (2, 15, 15, pytest.approx(0.01))
 
 

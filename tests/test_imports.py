@@ -17,8 +17,8 @@ ORDER = [
     {"models.spatial"}, {"models.rigid_body", "models.integrate"}, {"models.mjcf"}, {"models.base"},
     {"models.lagrangian"}, {"models.mlp"}, {"models.store"}, {"data"}, {"logs", "lerobot_meta"}, {"lerobot"},
     {"weights"}, {"samples"}, {"train"}, {"labelling"}, {"plant", "render"}, {"tracking"},
-    {"systems"}, {"pairing"}, {"evaluate"}, {"report"}, {"figures"}, {"tables"}, {"report_panda"}, {"experiments"},
-    {"tailoring"}, {"cli"},
+    {"systems"}, {"pairing"}, {"evaluate"}, {"report"}, {"figures"}, {"tables"}, {"report_parts"}, {"report_panda"},
+    {"experiments"}, {"tailoring"}, {"cli"},
 ]  # fmt: skip
 
 

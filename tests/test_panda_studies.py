@@ -23,8 +23,12 @@ def test_every_model_has_files_of_its_own():
 
 def test_the_whole_table_has_the_size_that_was_asked_for():
     main = [cell for cell in cells(PAPER) if cell.study == "main"]
-    assert len(main) == 11 * 3 * 2 * 5
-    assert [cell.p for cell in main[:: 11 * 2 * 5]] == list(PAPER.rollouts)
+    assert len(main) == (11 + 7 + 7) * 2 * 5
+    assert {p: {cell.method for cell in main if cell.p == p} for p in (1, 12)} == {
+        p: set(PAPER.others) for p in (1, 12)
+    }
+    alone = [cell for cell in cells(PAPER) if cell.study == "alone"]
+    assert len(alone) == 7 * 2 * 5 and all(cell.config(PAPER).anchor == 0.0 for cell in alone)
 
 
 def test_variants_change_fields_that_exist_and_say_so_in_their_names():
@@ -99,11 +103,30 @@ def test_the_slopes_of_the_closed_loop_are_those_of_its_cost(stride):
     np.testing.assert_allclose(S[0], np.abs(np.einsum("j,jkx->kx", g, found["du0_de"][0])), rtol=1e-6)
 
 
+def test_slopes_of_the_closed_loop_see_a_window_and_pass_over_samples_without_a_label():
+    found, rng = some_labels(60), np.random.default_rng(1)
+    found["A"] *= 0.9
+    xs, refs = rng.normal(size=(2, 60, 14))
+    before = closed_loop_labels(found, [xs], [refs])
+    later = refs.copy()
+    later[41:] += 1.0
+    S = closed_loop_labels(found, [xs], [later])
+    np.testing.assert_array_equal(S[0], before[0])  # steps 1 to 40
+    assert np.all(np.abs(S[1] - before[1]) > 0)
+    found["ok"][5] = False
+    for name in ("A", "B", "du0_dx0", "du0_de"):
+        found[name][5] = np.nan
+    S = closed_loop_labels(found, [xs], [refs])
+    assert np.all(S[5] == 0.0) and np.isfinite(S).all() and np.all(S[:5] > 0)
+
+
 @pytest.mark.parametrize("method", ["ones", "stand", "norm", "mpc_cost", "ours", "ours_avg", "ours_shuffled", "regret"])
 def test_every_weighting_has_the_same_size(method):
     count, rng = 20, np.random.default_rng(0)
     xs = rng.normal(size=(count, 12, 14))
-    samples = Windows(xs[:, 0], xs[:, :, :7], xs, np.zeros((count, 1, 21)), *np.zeros((3, count), int))
+    samples = Windows(
+        xs[:, 0], xs[:, :, :7], xs, np.zeros((count, 1, 21)), *np.zeros((3, count), int), np.full(count, 0.02)
+    )
     found = weights(method, samples, some_labels(count), None, 4, PAPER, seed=1)
     size = sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(found)) / count
     assert size == pytest.approx(4 * 7)  # the expected loss of errors that are white with variance 1
@@ -126,9 +149,17 @@ def test_rank_correlations_are_one_for_labels_that_are_the_truth_and_less_for_ot
     found["S"] = np.zeros((count, 12, 14))
     found["S"][:, 0, :7] = true
     slope[0, 0] = np.nan  # next to a torque limit
-    save_arrays(tmp_path / "model-0.npz", **found)
-    rows = {(row["variant"], row["quantity"]): row for row in correlations([tmp_path / "model-0.npz"])}
-    for key in (("Λ", "curvature"), ("ours: |dJ/du|", "|slope|"), ("ours", "S of eq. 4"), ("regret", "true regret")):
+    half = lambda part: {name: value[part] for name, value in found.items()}
+    save_arrays(tmp_path / "model-0-15.npz", **half(slice(0, 12)))
+    save_arrays(tmp_path / "model-0-30.npz", **half(slice(12, None)))
+    files = [tmp_path / "model-0-15.npz", tmp_path / "model-0-30.npz"]
+    rows = {(row["variant"], row["quantity"]): row for row in correlations([files])}
+    for key in (
+        ("Λ, diagonal", "curvature"), ("ours: |dJ/du|", "|slope|"), ("ours", "S of eq. 4"),
+        ("regret, diagonal of Λ", "regret, true curvature"),
+    ):  # fmt: skip
         assert rows[key]["n"] == count - 1
         assert all(rows[key][kind] == pytest.approx(1.0) for kind in ("overall", "joints", "samples")), key
-    assert abs(rows["closed_loop", "S of eq. 4"]["overall"]) < 0.3
+    for control in ("closed_loop", "ours_shuffled"):
+        assert abs(rows[control, "S of eq. 4"]["overall"]) < 0.3
+    assert np.isnan(rows["ours_avg", "S of eq. 4"]["samples"])  # it does not depend on the sample

@@ -97,7 +97,8 @@ def documents(rng):
         "labels.json": {m: {v: label | {"cv": cv()} for v in ("ours", "regret")} for m in ("0", "1")},
         "truth.json": {"rows": rows, "predicts": {m: float(rng.uniform(0.3, 0.9)) for m in METHODS}},
         "timing.json": {"collect": 61.0, "pretrain": 204.5, "label": 80.0, "fine-tune": 300.0},
-        "speed.json": {"rows": [{"what": "labels", "per second": 151.2}, {"what": "step", "ms": 1.29}]},
+        "speed.json": {"rows": [{"networks": "[8, 8], 1 LSTM of 8", "parameters": 900, "control step [ms]": 1.29}]},
+        "finished.json": {"command": ""},
         "data.json": {"runs": 320, "samples": 160000, "diverged": {"runs": 18}},
     }  # fmt: skip
 
@@ -112,7 +113,7 @@ def whole(tmp_path_factory):
     pq.write_table(pa.Table.from_pylist(curves(rng)), folder / "curves.parquet")
     for name, content in zip(("maps", "spectrum", "traces"), arrays(rng), strict=True):
         np.savez(folder / f"{name}.npz", **content)
-    (folder / "clip.gif").write_bytes(b"GIF89a")
+    (folder / "clip.webp").write_bytes(b"RIFF")
     report_panda.page(folder)
     return folder
 
@@ -141,7 +142,7 @@ def test_every_figure_is_drawn(whole):
 
 def test_the_page_holds_everything_and_needs_nothing(whole):
     text = (whole / "report.html").read_text()
-    assert text.count("data:image/png;base64,") == len(list(whole.glob("*.png"))) and "data:image/gif;base64," in text
+    assert text.count("data:image/png;base64,") == len(list(whole.glob("*.png"))) and "data:image/webp;base64," in text
     assert not re.findall(r'(?:src|href)="(?!data:)', text) and "<script" not in text
     assert "Left out" not in text and "&lt;b&gt;&amp;" in text and "<b>" not in text
     assert all(part.title in text for part in report_panda.PARTS)
@@ -151,7 +152,7 @@ def test_results_name_the_command_and_no_path_of_this_machine(whole):
     text = report_panda.results_markdown([whole])
     assert str(whole.parent) not in text and text.count("```sh\nuv run sartor run panda --preset smoke\n```") == 1
     tables = re.findall(r"\n(\|.*?)\n\n", text, re.S)
-    assert len(tables) == sum(part.grid is not None for part in report_panda.PARTS)
+    assert len(tables) == sum(part.grid is not None for part in report_panda.PARTS) and '| preset | "smoke" |' in text
     assert all(len({row.count("|") for row in table.splitlines()}) == 1 for table in tables)
     assert text.count("From `evaluations.parquet` of") == 3
     assert "| ours | 0 | 10240 | 12 | 93.0% | 151 |" in text and "| pretrain | 204.5 | 32% |" in text

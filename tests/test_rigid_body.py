@@ -373,6 +373,7 @@ def model(body="", joint="", more="", option="", rest=""):
 
 
 SECOND = "<body><joint name='other'/><geom size='0.1'/></body>"
+MOTOR = "<actuator><motor joint='odd' {}/></actuator>"
 TENDON = "<tendon><fixed {}><joint joint='odd' coef='1'/></fixed></tendon>"
 
 
@@ -392,6 +393,7 @@ TENDON = "<tendon><fixed {}><joint joint='odd' coef='1'/></fixed></tendon>"
         ({"option": "viscosity='0.1'"}, "fluid.*set both to 0"),
         ({"joint": "damping='1 0.5'"}, "damping"),
         ({"joint": "stiffness='0 3'"}, "springs.*set it to 0"),
+        *[({"rest": MOTOR.format(f"{kind}='2'")}, "actuators with armature") for kind in ("armature", "damping")],
         *[({"rest": TENDON.format(f"{kind}='2'")}, "tendons") for kind in ("stiffness", "damping")],
         *[({"rest": TENDON.format(f"{kind}='2'")}, "tendons") for kind in ("armature", "frictionloss")],
     ],

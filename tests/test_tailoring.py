@@ -1,5 +1,8 @@
 """`sartor label` and `sartor tailor`: a robot file and a log in, labels and a better model out."""
 
+import errno
+from pathlib import Path
+
 import jax
 import mujoco
 import numpy as np
@@ -7,9 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from sartor import cli
+from sartor import cli, tailoring
 from sartor.logs import Columns, write_log
-from sartor.models.store import load_model
+from sartor.models.base import Nominal
+from sartor.models.mjcf import from_mujoco
+from sartor.models.store import load_model, save_model
 from sartor.plant import Plants
 from sartor.tracking import follow
 
@@ -71,6 +76,9 @@ def test_a_log_becomes_labels_and_a_better_model(files, capsys):
         (["--torque-limits", "1"], "torque_limits must hold 2 positive numbers"),
         (["--dt", "0.005"], "slower"),
         (["--steps", "4"], "steps must lie in 1..3"),
+        (["--stride", "0"], "stride must be at least 1"),
+        (["--steps", "2", "--batch", "0"], "batch must be at least 1"),
+        (["--dt", "0"], "dt must be positive"),
     ],
 )
 def test_wrong_input_is_named_before_anything_runs(files, tmp_path, capsys, more, message):
@@ -79,6 +87,67 @@ def test_wrong_input_is_named_before_anything_runs(files, tmp_path, capsys, more
         cli.main([*command(files, verb), *more, "--out", str(tmp_path / "new")])
     assert message in " ".join(capsys.readouterr().out.split())
     assert not (tmp_path / "new").exists()  # the corrected command may have the folder
+
+
+ROBOTS = {
+    "free base": ARM.replace('<joint name="a" axis="0 1 0" damping="{d}"/>', "<freejoint/>").replace(
+        '<motor joint="a" ctrlrange="-30 30"/>', ""
+    ),
+    "closed loop": ARM.replace("</mujoco>", '<equality><joint joint1="a" joint2="b"/></equality></mujoco>'),
+}
+
+
+@pytest.mark.parametrize("kind", ["free base", "closed loop"])
+def test_robots_that_are_none_of_ours_are_refused(kind, files, tmp_path, capsys):
+    (tmp_path / "robot.xml").write_text(ROBOTS[kind].format(d=0))
+    with pytest.raises(SystemExit):
+        cli.main(["label", str(tmp_path / "robot.xml"), str(files / "log.csv"), "--torque-limits", "30", "20",
+                  "--out", str(tmp_path / "new")])  # fmt: skip
+    assert kind in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_model_of_another_robot_is_refused(files, tmp_path, capsys):
+    """The same names and sizes, but a heavier link."""
+    heavier = mujoco.MjModel.from_xml_string(ARM.format(d=0).replace('mass="1"', 'mass="1.3"', 1))
+    save_model(tmp_path / "model.npz", Nominal(from_mujoco(heavier)))
+    with pytest.raises(SystemExit):
+        cli.main([*command(files, "label"), "--model", str(tmp_path / "model.npz"), "--out", str(tmp_path / "new")])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "is of another robot" in printed and "masses" in printed
+
+
+def test_limits_are_those_of_motor_force_and_joint():
+    arm = ARM.replace('joint="a" ctrlrange="-30 30"', 'joint="a" ctrlrange="-3 4" gear="5" forcerange="-2 9"')
+    arm = arm.replace('name="b" axis', 'name="b" actuatorfrcrange="-7 99" axis')
+    model = mujoco.MjModel.from_xml_string(arm.format(d=0))
+    task = tailoring.Label(Path("arm.xml"), ())
+    np.testing.assert_allclose(tailoring._limits(task, model), [[-10.0, -7.0], [20.0, 20.0]])
+    broken = mujoco.MjModel.from_xml_string(arm.replace("-7 99", "30 99").format(d=0))
+    with pytest.raises(ValueError, match="motor of 'b' can give 30 to 20"):
+        tailoring._limits(task, broken)
+
+
+def test_messages_show_what_stands_in_brackets(files, tmp_path, capsys):
+    text = (files / "log.csv").read_text()
+    (tmp_path / "log.csv").write_text(text.replace("q1", "q1 [rad]", 1))
+    with pytest.raises(SystemExit):
+        cli.main(["label", str(files / "arm.xml"), str(tmp_path / "log.csv"), "--out", str(tmp_path / "new")])
+    assert "q1 [rad]" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_full_disk_is_said_and_the_same_command_goes_on(files, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tailoring, "save_arrays", full)
+    again = [*command(files, "label"), "--out", str(tmp_path / "new")]
+    with pytest.raises(SystemExit):
+        cli.main(again)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "No space left on device" in printed and "the same command goes on" in printed
+    monkeypatch.undo()
+    cli.main(again)
+    assert "failed 0" in capsys.readouterr().out
 
 
 def test_a_folder_of_other_settings_is_refused(files, capsys):

@@ -1,6 +1,7 @@
 """Training: what a sample is, what the loss is, and that interruptions leave no trace."""
 
 import dataclasses
+import errno
 import functools
 
 import equinox as eqx
@@ -16,7 +17,7 @@ from sartor.models.mjcf import from_mujoco
 from sartor.models.mlp import ResidualMLP
 from sartor.models.rigid_body import RigidBody
 from sartor.samples import TorqueSamples, windows
-from sartor.train import Config, fit, inverse_loss, losses, mean_loss, optimise, pretrain, rollout_loss, torque_loss
+from sartor.train import Config, fit, inverse_errors, losses, mean_loss, optimise, pretrain, rollout_loss, torque_loss
 from sartor.weights import Elementwise, constant
 
 DT = 0.02
@@ -75,12 +76,12 @@ def run(**options):
     """The training that the tests below share, with the same compiled step."""
     if not options:
         return plain_run()
-    return fit(OFFSET, samples(), ones(samples()), options.pop("config", CONFIG), dt=DT, **options)
+    return fit(OFFSET, samples(), ones(samples()), options.pop("config", CONFIG), **options)
 
 
 @functools.cache
 def plain_run():
-    return fit(OFFSET, samples(), ones(samples()), CONFIG, dt=DT)
+    return fit(OFFSET, samples(), ones(samples()), CONFIG)
 
 
 def same(a, b):
@@ -102,7 +103,7 @@ def test_a_window_is_a_state_with_its_past_and_what_came_after():
     np.testing.assert_array_equal(w.step, [0, 1, 2, 3, 4, 0, 1, 2])
     np.testing.assert_array_equal(w.environment, [4] * 5 + [9] * 3)
     seen = [np.asarray(eqx.filter_jit(history)(BODY, log.xs, log.us, DT)) for log in logs]
-    for x0, us, xs, past, run, t, _ in zip(*w, strict=True):
+    for x0, us, xs, past, run, t, *_ in zip(*w, strict=True):
         log = logs[run]
         np.testing.assert_array_equal(x0, log.xs[t])
         np.testing.assert_array_equal(us, log.us[t : t + 3])
@@ -115,6 +116,24 @@ def test_the_history_shows_what_is_left_out():
     w = windows([log_of(1.5, 7)], OFFSET, 1)
     np.testing.assert_allclose(w.history[2:, :, 2], 1.5, atol=1e-6)
     np.testing.assert_array_equal(w.history[0, :, 2], 0.0)
+
+
+def test_a_log_that_begins_in_motion_gives_samples_once_its_history_is_whole():
+    log = log_of(1.0, 9)
+    moving = log._replace(xs=log.xs[3:], us=log.us[3:])
+    assert np.abs(moving.xs[0, 1]) > 0.02
+    later, whole = windows([moving], OFFSET, 2), windows([log], OFFSET, 2)
+    np.testing.assert_array_equal(later.step, [2, 3, 4])
+    np.testing.assert_allclose(later.history, whole.history[5:], rtol=1e-6, atol=1e-6)  # the past that was recorded
+    with pytest.raises(ValueError, match=r"logs\[0\] has 3 control steps: .*begins in motion, 2 before it"):
+        windows([moving._replace(xs=moving.xs[:4], us=moving.us[:3])], OFFSET, 2)
+
+
+def test_logs_of_different_rates_are_refused():
+    with pytest.raises(ValueError, match="different control steps"):
+        windows([log_of(1.0, 9), log_of(1.0, 9)._replace(dt=2 * DT)], OFFSET, 2)
+    with pytest.raises(ValueError, match="stride must be at least 1"):
+        windows([log_of(1.0, 9)], OFFSET, 2, stride=0)
 
 
 def test_a_stride_skips_samples_and_take_chooses_some():
@@ -183,16 +202,16 @@ def test_the_weighted_optimum_is_found():
     per_plant = np.where(w.environment == 0, 1.0, 2.0)[:, None, None]
     weights = Elementwise(jnp.asarray(per_plant * np.array([0.0, 1.0]) * np.ones((w.size, 2, 2))))
     config = Config(epochs=150, batch=w.size, learning_rate=0.2)
-    model, curve = fit(OFFSET, w, weights, config, dt=DT)
+    model, curve = fit(OFFSET, w, weights, config)
     assert model.torque_offset[0] == pytest.approx((1 * 1 + 4 * 3) / 5, abs=0.01)
     # Relative to the start: Σ W² (offset - model)², the model at its optimum against 0.
     assert curve.train[-1] == pytest.approx((1 * 1.6**2 + 4 * 0.4**2) / (1 * 1 + 4 * 9), rel=1e-3)
 
 
-def test_the_inverse_loss_is_what_torques_are_off_by():
+def test_the_inverse_errors_are_what_torques_are_off_by():
     w = samples()
-    found = losses(eqx.Partial(inverse_loss, DT, 4.0 * jnp.ones(1)), OFFSET, (w, ones(w)))
-    np.testing.assert_allclose(found, np.where(w.environment == 0, 1.0, 3.0) ** 2 / 4.0, rtol=1e-9)
+    found = losses(eqx.Partial(inverse_errors, DT), OFFSET, (w, ones(w)))
+    np.testing.assert_allclose(found, np.where(w.environment == 0, 1.0, 3.0)[:, None], rtol=1e-9)
 
 
 def test_an_anchor_holds_the_model_at_the_torques_of_all_samples():
@@ -200,8 +219,8 @@ def test_an_anchor_holds_the_model_at_the_torques_of_all_samples():
     w = samples()
     weights = Elementwise(ones(w).W * jnp.asarray(w.environment == 1, float)[:, None, None])
     config = Config(epochs=150, batch=w.size, learning_rate=0.1)
-    free, _ = fit(OFFSET, w, weights, config, dt=DT)
-    held, _ = fit(OFFSET, w, weights, dataclasses.replace(config, anchor=1e4), dt=DT)
+    free, _ = fit(OFFSET, w, weights, config)
+    held, _ = fit(OFFSET, w, weights, dataclasses.replace(config, anchor=1e4))
     np.testing.assert_allclose(free.torque_offset, 3.0, atol=0.02)
     np.testing.assert_allclose(held.torque_offset, 2.0, atol=0.02)
 
@@ -288,7 +307,7 @@ def test_noise_on_histories_is_fresh_in_every_step_and_the_same_for_the_same_see
 
 def test_single_precision_trains_in_single_precision():
     single = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), OFFSET)
-    model, curve = fit(single, samples(), ones(samples()), CONFIG, dt=DT)
+    model, curve = fit(single, samples(), ones(samples()), CONFIG)
     assert model.torque_offset.dtype == jnp.float32
     np.testing.assert_allclose(curve.train, run()[1].train, rtol=1e-3)
 
@@ -343,10 +362,33 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
         BODY, widths=(3,), num_contexts=1, hidden=2, num_layers=1, history_length=2, key=jax.random.key(0)
     )
     with pytest.raises(ValueError, match=r"checkpoint\.npz"):
-        fit(other, samples(), ones(samples()), CONFIG, dt=DT, checkpoint=path)
+        fit(other, samples(), ones(samples()), CONFIG, checkpoint=path)
+    doubled = jax.tree.map(lambda leaf: leaf * (1.0 + np.arange(len(leaf)))[:, None, None], ones(samples()))
+    with pytest.raises(ValueError, match=r"checkpoint\.npz is of training .* other data or settings"):
+        fit(OFFSET, samples(), doubled, CONFIG, checkpoint=path)
+    with pytest.raises(ValueError, match=r"checkpoint\.npz"):
+        run(checkpoint=path, config=dataclasses.replace(CONFIG, seed=1))
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"checkpoint\.npz"):
         run(checkpoint=path)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    path, save, calls = tmp_path / "checkpoint.npz", np.savez, []
+
+    def full(file, **arrays):
+        calls.append(0)
+        if len(calls) == 3:
+            file.write(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(file, **arrays)
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(checkpoint=path)
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == [path]
+    assert same(run(checkpoint=path), run())
 
 
 # --- Pretraining -----------------------------------------------------------------------------------------------------
@@ -376,7 +418,7 @@ def test_a_network_with_a_context_learns_from_the_past(tmp_path):
     w = samples()
     w = w.take(w.step >= 2)
     before = model
-    model, curve = fit(model, w, ones(w), Config(epochs=60, batch=w.size, learning_rate=0.03), dt=DT)
+    model, curve = fit(model, w, ones(w), Config(epochs=60, batch=w.size, learning_rate=0.03))
     assert curve.train[-1] < 0.1 * 0.2  # one offset for both would leave a fifth
     assert not same(model.encoder, before.encoder)
 
@@ -387,21 +429,24 @@ def test_a_network_with_a_context_learns_from_the_past(tmp_path):
 def test_weights_of_another_number_of_samples_are_refused():
     w = samples()
     with pytest.raises(ValueError, match=f"weights are those of 3 samples, but there are {w.size}"):
-        fit(OFFSET, w, ones(w.take(slice(3))), CONFIG, dt=DT)
+        fit(OFFSET, w, ones(w.take(slice(3))), CONFIG)
 
 
 def test_weights_of_more_steps_than_the_samples_have_are_refused():
     w = samples()
     with pytest.raises(ValueError, match="steps"):
-        fit(OFFSET, w, ones(w, 3), CONFIG, dt=DT)
+        fit(OFFSET, w, ones(w, 3), CONFIG)
 
 
 def test_a_loss_that_is_not_finite_ends_training_with_a_message(tmp_path):
     w = samples()
     broken = w._replace(xs=np.where(w.step[:, None, None] == 3, np.nan, w.xs))
     path = tmp_path / "checkpoint.npz"
-    with pytest.raises(FloatingPointError, match=r"not finite in epoch 1: lower learning_rate \(0.05\)"):
-        fit(OFFSET, broken, ones(w), CONFIG, dt=DT, checkpoint=path)
+    with pytest.raises(FloatingPointError, match="nan before training: look for samples"):
+        fit(OFFSET, broken, ones(w), CONFIG, checkpoint=path)
+    wild = dataclasses.replace(CONFIG, learning_rate=1e200)
+    with pytest.raises(FloatingPointError, match=r"not finite in epoch 1: lower learning_rate \(1e\+200\)"):
+        run(checkpoint=path, config=wild)
     assert not path.exists()
 
 

@@ -12,22 +12,26 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from sartor import tailoring
 from sartor.experiments import closed_loop, panda
 
 _EXPERIMENTS = {
-    "panda": "Tailor a Panda's dynamics model to its tracking task, under several weightings (a quarter of an hour).",
+    "panda": "Tailor a Panda's dynamics model to its tracking task, under several weightings (some ten minutes).",
     "pendulum": "Swing-up of a pendulum with a weak motor, in closed loop.",
     "cartpole": "Swing-up of a pole on a cart, in closed loop.",
     "quadrotor": "Flight to a goal with bounded thrusts and velocity, in closed loop.",
@@ -66,7 +70,7 @@ class Report:
     folders: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of the runs."""
     markdown: Path | None = None
-    """Write the tables of all of them, Panda runs, to this file as well."""
+    """Write the tables of all of them, Panda runs, to this file as well, and their figures into a folder beside it."""
 
 
 @dataclass(frozen=True)
@@ -97,13 +101,15 @@ def main(args: list[str] | None = None) -> None:
             for folder in command.folders:
                 _report(folder, console)
             if command.markdown is not None:
-                _write_markdown(command, console)
+                _write_markdown(command, command.markdown, console)
         elif isinstance(command, tailoring.Task):
             _tailor(command, console)
         else:
             _list(console)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        console.print(f"[red]error:[/red] {error}", soft_wrap=True)
+    except (ValueError, OSError, FloatingPointError) as error:
+        console.print("[red]error:[/red]", escape(str(error)), soft_wrap=True)
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            console.print("What was finished is kept: the same command goes on from there.", soft_wrap=True)
         sys.exit(2)
 
 
@@ -124,7 +130,7 @@ def _run_with_progress(config: Any, out: Path, console: Console) -> None:
             else:
                 closed_loop.run(config, out, monitor)
     except KeyboardInterrupt:
-        console.print(f"Interrupted. Finish it with: sartor run {_name(config)} --resume {out}", soft_wrap=True)
+        console.print(f"Interrupted. Finish it with: sartor run {_name(config)} --resume", escape(str(out)))
         sys.exit(130)
 
 
@@ -137,27 +143,27 @@ def _tailor(task: tailoring.Task, console: Console) -> None:
             else:
                 labelled = tailoring.run_label(task, monitor)
     except KeyboardInterrupt:
-        console.print(f"Interrupted. The same command goes on with what is in {task.out}.", soft_wrap=True)
+        console.print("Interrupted. The same command goes on with what is in", escape(str(task.out)))
         sys.exit(130)
     n = labelled.S.shape[-1] // 2
     table = Table("joint", "position, 1 step", f"position, {task.horizon} steps", "velocity, 1 step",
                   title="mean label: what an error of the prediction matters", title_justify="left")  # fmt: skip
     S = labelled.S.mean(0)
     for i, name in enumerate(labelled.model.body.names):
-        table.add_row(name, *(f"{value:.3g}" for value in (S[0, i], S[-1, i], S[0, n + i])))
+        table.add_row(escape(name), *(f"{value:.3g}" for value in (S[0, i], S[-1, i], S[0, n + i])))
     console.print(table)
     console.print(", ".join(f"{name} {value:.4g}" for name, value in tailoring.summary(labelled).items()))
     for name, (before, after) in losses.items():
         console.print(f"loss on what was held out, weighted by {name}: {before:.4g} before, {after:.4g} after")
-    console.print(f"results: {task.out}", soft_wrap=True)
+    console.print("results:", escape(str(task.out)), soft_wrap=True)
 
 
-def _write_markdown(command: Report, console: Console) -> None:
+def _write_markdown(command: Report, markdown: Path, console: Console) -> None:
     from sartor import report_panda
 
-    assert command.markdown is not None
-    command.markdown.write_text(report_panda.results_markdown(list(command.folders)), encoding="utf-8")
-    console.print(f"tables: {command.markdown}", soft_wrap=True)
+    text = report_panda.results_markdown(list(command.folders), markdown.with_suffix(""))
+    markdown.write_text(text, encoding="utf-8")
+    console.print("tables:", escape(str(markdown)), soft_wrap=True)
 
 
 @contextmanager
@@ -211,12 +217,22 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sartor" / "jax"
 
 
+class _Rate(ProgressColumn):
+    """How many are done in a second or a minute."""
+
+    def render(self, task: Task) -> Text:
+        if not task.speed:
+            return Text("")
+        return Text(f"{task.speed:.0f}/s" if task.speed >= 3 else f"{60 * task.speed:.2g}/min")
+
+
 def _progress(console: Console) -> Progress:
     return Progress(
         SpinnerColumn(finished_text="✓"),
         TextColumn("{task.description:<10}"),
         BarColumn(),
         MofNCompleteColumn(),
+        _Rate(),
         TextColumn("elapsed"),
         TimeElapsedColumn(),
         TextColumn("left"),
@@ -230,12 +246,12 @@ def _report(folder: Path, console: Console) -> None:
         from sartor import report_panda
 
         console.print(report_panda.table(folder))
-        console.print(f"report: {report_panda.page(folder)}", soft_wrap=True)
+        console.print("report:", escape(str(report_panda.page(folder))), soft_wrap=True)
         return
     from sartor import report
 
     console.print(report.table(folder))
-    console.print(f"figure: {report.figure(folder)}", soft_wrap=True)
+    console.print("figure:", escape(str(report.figure(folder))), soft_wrap=True)
 
 
 def _list(console: Console) -> None:

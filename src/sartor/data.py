@@ -101,10 +101,11 @@ def check_velocities(
     """Raise a `ValueError` where a velocity is not the derivative of its position.
 
     Compares the change of q with the trapezoidal integral of qd over windows of 1 to 64 samples, and judges each joint
-    by the windows that agree best: short ones if the velocity is clean, long ones if it is noisy or delayed. Accepted
-    are ratios from 0.5 to 2 with a correlation of at least 0.7. Joints that hardly move (less than 0.02 rad or m), and
-    logs of less than 10 samples, are not judged. Positions and velocities that are wrong by the same factor cannot be
-    told from right ones.
+    by the windows that agree best: short ones if the velocity is clean, long ones if it is noisy or delayed. With a
+    correlation c and a ratio r of the sizes, the true factor lies between c r (all noise is the velocity's) and r/c
+    (all is the position's); accepted are c ≥ 0.7 and a range that comes within 15 % of one. Joints that hardly move
+    (less than 0.02 rad or m), and logs of less than 10 samples, are not judged. Positions and velocities that are wrong
+    by the same factor cannot be told from right ones.
 
     Args:
         times: (n,), increasing [s].
@@ -133,7 +134,7 @@ def check_velocities(
                 f"{where}: velocity {qd_names[i]} is not the derivative of position {q_names[i]} (correlation {c:.2f}"
                 f" over {len(times)} rows). {guess} the columns mixed up, or is one of them a command?"
             )
-        if not 0.5 < r < 2:
+        if not (r * abs(c) < 1.15 and r / abs(c) > 0.85):
             reason = next((text for factor, text in UNITS if abs(r / factor - 1) < 0.2), "a unit or the rate is wrong")
             raise ValueError(
                 f"{where}: velocity {qd_names[i]} is {r:.3g} times the derivative of position {q_names[i]}, over"

@@ -9,8 +9,9 @@ Two models are compared on pairs: the same run r = (pretrained model, fine-tunin
     ratio = exp( mean_{r,e} (log J[r, e] − log J_base[r, e]) )
 
 so that all environments count alike, however much they cost; a mean over environments is decided by the few whose
-payload cannot be held. The interval is that of a bootstrap that draws runs and environments, both with replacement
-and crossed: it speaks about new payloads and new trainings. With few runs (below five, say) it is too narrow.
+payload cannot be held. The interval is that of a bootstrap that draws pretrained models, of each as many of its seeds,
+and, crossed with these runs, environments, all with replacement: it speaks about new payloads and new trainings. With
+few of either (below five models, say) it is too narrow.
 
 References: Węgrzynowski et al., Learning What Matters, equation (7); A. B. Owen, The pigeonhole bootstrap, 2007.
 """
@@ -21,7 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sartor.pairing import BASELINES, Arm, Pairs, Protocol, Table, Where, costs, pairs
+from sartor.pairing import BASELINES, Arm, Pairs, Protocol, Split, Table, Where, costs, pairs
 
 UNSTABLE_SPEED = 0.5
 """Mean |q̇ − q̇_ref| over joints and steps above which an episode counts as unstable [rad/s]: an arm that stands still
@@ -94,6 +95,7 @@ def ratio(
     protocol: Protocol = "last",
     statistic: Statistic = "geometric",
     column: str = "J",
+    split: Split = "test",
 ) -> Interval:
     """Cost of an arm relative to a baseline, with a bootstrap interval over runs and environments.
 
@@ -109,10 +111,11 @@ def ratio(
         protocol: Which epochs count, see `costs`.
         statistic: Which ratio.
         column: What is compared; positive.
+        split: Test environments, or those to choose by.
 
     Fails: `MissingEpisodes` if there are no pairs, `ValueError` if a cost is not positive. An infinite cost stays one.
     """
-    both = pairs(table, arm, _named(arm, baseline), where=where, protocol=protocol, column=column)
+    both = pairs(table, arm, _named(arm, baseline), where=where, protocol=protocol, column=column, split=split)
     if not (both.values > 0.0).all():
         raise ValueError(f"{column} of {arm} or of its baseline is zero, negative or NaN: there is no ratio.")
     return _bootstrap(_STATISTICS[statistic], both)
@@ -143,14 +146,21 @@ def minimum_detectable(interval: Interval) -> float:
 
 
 def summary(table: Table, arm: Arm, protocol: Protocol = "last") -> dict[str, float]:
-    """Means over the test episodes of an arm (`J_median`: their median; `failed`, `unstable`, `episodes`: counts)."""
+    """Means over the test episodes of an arm.
+
+    But `J_median` and `velocity_share`, the part of the velocities in J, are medians; `failed`, `unstable` and
+    `episodes` are counts.
+    """
     values = {}
-    for column in ("J", "q_rmse", "qd_rmse", "ee_rmse", "saturated", "unstable", "failed"):
+    for column in ("J", "J_qd", "q_rmse", "qd_rmse", "ee_rmse", "saturated", "unstable", "failed"):
         of_runs = costs(table, arm, protocol=protocol, column=column).values()
         values[column] = np.array([v for of_run in of_runs for v in of_run.values()])
     counts = {name: values[name].sum() for name in ("unstable", "failed")}
     means = {name: float(v.mean()) for name, v in values.items()}
-    return means | counts | {"J_median": float(np.median(values["J"])), "episodes": len(values["J"])}
+    with np.errstate(invalid="ignore"):  # of infinite costs
+        share = float(np.median(values["J_qd"] / values["J"]))
+    others = {"J_median": float(np.median(values["J"])), "velocity_share": share, "episodes": len(values["J"])}
+    return means | counts | others
 
 
 def _named(arm: Arm, baseline: str | Arm) -> Arm:
@@ -168,13 +178,23 @@ def _bootstrap(statistic: Callable[..., Any], data: Pairs) -> Interval:
     """A statistic of matrices (..., runs, environments), and its interval; the draws are the same on every call."""
     rng = np.random.default_rng(0)
     runs, environments = len(data.runs), len(data.environments)
-    i = rng.integers(runs, size=(_SAMPLES, runs, 1))
+    i = _draw_runs(data.runs, rng)[:, :, None]
     j = rng.integers(environments, size=(_SAMPLES, 1, environments))
     with np.errstate(invalid="ignore", divide="ignore"):  # of infinite costs
         value = float(statistic(*data.values))
         draws = statistic(*(matrix[i, j] for matrix in data.values))
     low, high = np.quantile(draws, [0.025, 0.975], method="inverted_cdf")  # no interpolation: draws may be infinite
     return Interval(value, float(low), float(high), runs * environments, data.dropped)
+
+
+def _draw_runs(runs: list[tuple[int, int]], rng: np.random.Generator) -> np.ndarray:
+    """Places in `runs`, (draws, runs): pretrained models with replacement, and for each as many of its seeds."""
+    of_model = [np.flatnonzero([model == m for model, _ in runs]) for m in sorted({model for model, _ in runs})]
+    slot = np.concatenate([np.full(len(mine), i) for i, mine in enumerate(of_model)])
+    drawn = rng.integers(len(of_model), size=(_SAMPLES, len(of_model)))[:, slot]
+    counts = np.array([len(mine) for mine in of_model])
+    table = np.array([np.resize(mine, counts.max()) for mine in of_model])
+    return table[drawn, (rng.random(drawn.shape) * counts[drawn]).astype(int)]
 
 
 _STATISTICS: dict[Statistic, Callable[..., Any]] = {

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from sartor.data import Log
 from sartor.labels import label
-from sartor.models.base import AbstractModel, Theta
+from sartor.models.base import AbstractModel, ArmDynamics, Theta
 from sartor.problem import Problem
 from sartor.samples import Windows
 from sartor.sensitivity import trajectory_error
@@ -46,11 +46,16 @@ def label_samples(
         refs: Reference over the horizon of each, see `references_ahead`.
         solver: What solves the problems.
         monitor: monitor(done, total).
-        options: Of `label`.
+        options: Of `label`, but `error`: both readings are given.
 
     Returns: arrays over the samples: S, du0_de, du0_derror (that to an error of the trajectory), du0_dx0, dJ_du0,
         Lambda, A and B (Jacobians of the model at the first stage), and ok, False where there is no label.
+    Fails: `ValueError` for samples at another rate than the problem's; a failed solve is not ok, and its label NaN.
     """
+    if "error" in options:
+        raise ValueError("label_samples gives both readings of an error, du0_de and du0_derror: leave out error.")
+    if isinstance(problem.dynamics, ArmDynamics) and problem.dynamics.dt != samples.dt[0]:
+        raise ValueError(f"samples are {samples.dt[0]} s apart, but the problem's steps take {problem.dynamics.dt} s.")
     parts, horizon = [], problem.horizon
     for start in range(0, samples.size, _CHUNK):
         which = np.arange(start, start + _CHUNK) % samples.size  # the last chunk is filled up: one shape compiles once

@@ -17,6 +17,7 @@ this share of its steps: no model can track well there."""
 Table = Any  # Mapping[str, np.ndarray] or pyarrow.Table
 Protocol = Literal["last", "best_validation", "top_five"]
 Where = Literal["all", "saturated", "unsaturated"]
+Split = Literal["test", "validation"]
 Run = tuple[int, int]
 
 
@@ -67,12 +68,16 @@ def arms(table: Table, study: str = "main") -> list[Arm]:
     return list(dict.fromkeys(Arm(method, p, study, variant) for method, p, variant in found))
 
 
-def costs(table: Table, arm: Arm, *, protocol: Protocol = "last", column: str = "J") -> dict[Run, dict[int, float]]:
-    """A column of an arm by run and test environment.
+def costs(
+    table: Table, arm: Arm, *, protocol: Protocol = "last", column: str = "J", split: Split = "test"
+) -> dict[Run, dict[int, float]]:
+    """A column of an arm by run and environment of a split.
 
     Protocols: `last`, the last epoch (nothing is selected); `best_validation`, of each run the epoch with the lowest
     geometric mean of J on the validation split; `top_five`, the paper's: the mean over those five epochs whose mean J
     over runs and *test* environments is lowest. The last is optimistic: it selects on the number that it reports.
+
+    Where only one epoch was tested there is nothing to choose, and only `last` exists.
 
     Fails: `MissingEpisodes` if there are no such rows, `ValueError` if an episode is there twice.
     """
@@ -81,10 +86,10 @@ def costs(table: Table, arm: Arm, *, protocol: Protocol = "last", column: str = 
     mine &= rows["p"] == arm.p
     names = ("model", "seed", "environment", "epoch")
     rows = {name: rows[name][mine] for name in {*names, "J", "split", "last", column}}
-    test = rows["split"] == "test"
-    keep = test & ((rows["seed"] < 0) | _SELECT[protocol](rows))
+    chosen = (rows["seed"] < 0) | (_SELECT[protocol](rows) & (protocol == "last" or len(np.unique(rows["epoch"])) > 1))
+    keep = (rows["split"] == split) & chosen
     if not keep.any():
-        raise MissingEpisodes(f"the evaluations have no test episodes of {arm} under the protocol {protocol!r}.")
+        raise MissingEpisodes(f"the evaluations have no {split} episodes of {arm} under the protocol {protocol!r}.")
     found: dict[Run, dict[int, list[float]]] = {}
     seen = set()
     for model, seed, environment, epoch, value in zip(*(rows[n][keep].tolist() for n in (*names, column)), strict=True):
@@ -96,7 +101,9 @@ def costs(table: Table, arm: Arm, *, protocol: Protocol = "last", column: str = 
     return {run: {e: sum(v) / len(v) for e, v in of_run.items()} for run, of_run in found.items()}
 
 
-def pairs(table: Table, *of: Arm, where: Where = "all", protocol: Protocol = "last", column: str = "J") -> Pairs:
+def pairs(
+    table: Table, *of: Arm, where: Where = "all", protocol: Protocol = "last", column: str = "J", split: Split = "test"
+) -> Pairs:
     """The values of some arms on what all of them have in common.
 
     An arm without seeds stands beside every seed of its pretrained model, one without a model beside all runs. Runs
@@ -104,8 +111,8 @@ def pairs(table: Table, *of: Arm, where: Where = "all", protocol: Protocol = "la
 
     Fails: `MissingEpisodes` if nothing is in common.
     """
-    found = [costs(table, arm, protocol=protocol, column=column) for arm in of]
-    allowed = _environments(table, where)
+    found = [costs(table, arm, protocol=protocol, column=column, split=split) for arm in of]
+    allowed = _environments(table, where, split)
     common: dict[Run, set[int]] = {}
     for run in sorted({run for each in found for run in each}):
         partners = [_partner(each, run) for each in found]
@@ -124,7 +131,7 @@ def pairs(table: Table, *of: Arm, where: Where = "all", protocol: Protocol = "la
     return Pairs(runs, environments, np.array(values), there - used)
 
 
-def saturated_environments(table: Table, split: str = "test") -> set[int]:
+def saturated_environments(table: Table, split: Split = "test") -> set[int]:
     """The environments in which `oracle_damping` saturates in at least `SATURATED_SHARE` of its steps.
 
     Fails: `MissingEpisodes` if it was not evaluated.
@@ -147,10 +154,10 @@ def _partner(found: Mapping[Run, dict[int, float]], run: Run) -> dict[int, float
     return None if key is None else found[key]
 
 
-def _environments(table: Table, where: Where) -> set[int] | None:
+def _environments(table: Table, where: Where, split: Split) -> set[int] | None:
     if where == "all":
         return None
-    saturated = saturated_environments(table)
+    saturated = saturated_environments(table, split)
     rows = columns(table)
     return saturated if where == "saturated" else set(np.unique(rows["environment"]).tolist()) - saturated
 

@@ -8,7 +8,7 @@ import html
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet
@@ -16,9 +16,10 @@ from rich import box
 from rich.table import Table
 
 from sartor import evaluate, pairing, tables
-from sartor.figures import costs, signals
+from sartor.figures import costs
 from sartor.figures.style import styled
 from sartor.pairing import BASELINES
+from sartor.report_parts import GLOSSARY, PARTS, Part
 
 Files = dict[str, Any]
 _READ: dict[str, Callable[[Path], Any]] = {
@@ -28,7 +29,7 @@ _READ: dict[str, Callable[[Path], Any]] = {
 }
 _FILES = (
     "config.json", "environment.json", "evaluations.parquet", "curves.parquet", "labels.json", "maps.npz", "truth.json",
-    "spectrum.npz", "traces.npz", "timing.json", "speed.json", "data.json",
+    "spectrum.npz", "traces.npz", "timing.json", "speed.json", "data.json", "finished.json",
 )  # fmt: skip
 _CSS = """
 :root { color-scheme: light }
@@ -40,19 +41,9 @@ p { max-width: 46rem; margin: .4rem 0 } img { max-width: 100%; height: auto; dis
 th, td { padding: .25rem .7rem .25rem 0; text-align: right; border-bottom: 1px solid #d9dee4 }
 th:first-child, td:first-child { text-align: left } th { border-bottom: 2px solid #5f6b7a; vertical-align: bottom }
 code { font-size: .85em; background: #f3f5f7; padding: .1em .3em; overflow-wrap: anywhere }
+details td:last-child { text-align: left; white-space: normal }
 .missing { color: #5f6b7a; font-size: .9rem }
 """
-
-
-class Part(NamedTuple):
-    """A section of the report: a table, a figure, or both, from one file."""
-
-    name: str
-    title: str
-    source: str
-    text: str
-    grid: Callable[[Any], tables.Grid] | None = None
-    figure: Callable[[Any], Any] | None = None
 
 
 def load(folder: Path) -> Files:
@@ -97,7 +88,7 @@ def page(folder: Path) -> Path:
     """Write `report.html`: tables, figures and clip in one file that needs nothing else."""
     files = load(folder)
     drawn = _draw(folder, files)
-    parts = []
+    parts = [f"<details><summary>What the words mean</summary>{tables.as_html(GLOSSARY)}</details>"]
     for part in PARTS:
         grid, missing = _grid(part, files)
         path, no_figure = drawn.get(part.name, (None, ""))
@@ -109,8 +100,7 @@ def page(folder: Path) -> Path:
         parts += [tables.as_html(grid)] if grid is not None else []
         parts += [_image(path, part.title)] if path is not None else []
         parts += [f'<p class="missing">{html.escape(no_figure)}</p>'] if no_figure else []
-    config = tables.Grid(["setting", "value"], [[k, json.dumps(v)] for k, v in files["config.json"].items()])
-    parts.append(f"<h2>Settings</h2>{tables.as_html(config)}")
+    parts.append(f"<h2>Settings</h2>{tables.as_html(_settings(files))}")
     title, command, versions = (html.escape(name(files)) for name in (_title, _command, _versions))
     head = f"<h1>{title}</h1><p>Made by <code>{command}</code>. {versions}</p>"
     body = head + f"<p>{html.escape(_footnote(files))}</p>" + _clip(folder) + "\n".join(parts)
@@ -121,21 +111,40 @@ def page(folder: Path) -> Path:
     return out
 
 
-def results_markdown(folders: list[Path]) -> str:
-    """The text of docs/results.md: the tables of some runs, each with the command and the file it comes from."""
+def results_markdown(folders: list[Path], images: Path | None = None) -> str:
+    """The text of docs/results.md: the tables of some runs, each with the command and the file it comes from.
+
+    Args:
+        folders: The run folders.
+        images: A folder beside the text for the figures, which are linked then.
+    """
     lines = ["# Results", "", "Written by `sartor report` from run folders; not edited by hand.", ""]
+    lines += ["## What the words mean", "", *(f"* **{word}**: {meaning}" for word, meaning in GLOSSARY.rows), ""]
     for folder in folders:
-        files = load(folder)
+        files, drawn = load(folder), {}
         command = _command(files)
         lines += [f"## {_title(files)}", "", f"```sh\n{command}\n```", "", _versions(files), "", _footnote(files), ""]
+        if images is not None:
+            images.mkdir(parents=True, exist_ok=True)
+            drawn = _draw(folder, files)
         for part in PARTS:
             grid, missing = _grid(part, files)
-            if part.grid is None:
+            path, _ = drawn.get(part.name, (None, ""))
+            if part.grid is None and path is None:
                 continue
-            lines += [f"### {part.title}", ""]
-            lines += [f"{missing}", ""] if grid is None else [part.text, "", *tables.as_markdown(grid), ""]
-            lines += [f"From `{part.source}` of `{command}`.", ""] if grid is not None else []
+            lines += [f"### {part.title}", "", missing or part.text, ""]
+            lines += [*tables.as_markdown(grid), "", f"From `{part.source}` of `{command}`.", ""] if grid else []
+            if path is not None and images is not None:
+                name = f"{files['config.json'].get('preset', 'run')}-{path.name}"
+                (images / name).write_bytes(path.read_bytes())
+                lines += [f"![{part.title}]({images.name}/{name})", ""]
+        lines += ["### Settings", "", *tables.as_markdown(_settings(files)), ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _settings(files: Files) -> tables.Grid:
+    content = {name: value for name, value in files["config.json"].items() if name != "command"}
+    return tables.Grid(["setting", "value"], [[name, json.dumps(value)] for name, value in content.items()])
 
 
 def _draw(folder: Path, files: Files) -> dict[str, tuple[Path | None, str]]:
@@ -166,108 +175,9 @@ def _missing(part: Part, files: Files) -> str:
     return f"Left out: {part.source} {reason}."
 
 
-PARTS = (
-    Part(
-        "bars",
-        "Closed-loop cost by weighting",
-        "evaluations.parquet",
-        "Cost of eq. (7) in percent of stand, last epoch: geometric mean over pairs of the same run and environment, "
-        "with 95 % bootstrap intervals over runs and environments. An interval that contains 100 shows no difference. "
-        "Head-room: the share of the way from stand to the controller that knows payload and damping.",
-        tables.headline,
-        costs.bars,
-    ),
-    Part(
-        "environments",
-        "Environment by environment",
-        "evaluations.parquet",
-        "The same ratios in each held-out environment: red costs more than stand, blue less.",
-        figure=costs.environments,
-    ),
-    Part(
-        "protocols",
-        "Three ways to choose the epoch",
-        "evaluations.parquet",
-        "Last epoch: nothing is selected. Best on validation: selected on other payloads. Top five: selected on the "
-        "test metric itself, as in the paper, and therefore optimistic. Beside them the paper's ratios of eq. (7).",
-        tables.protocols,
-        costs.protocols,
-    ),
-    Part(
-        "traces",
-        "Tracking errors",
-        "traces.npz",
-        "One held-out environment, the same reference for all.",
-        figure=signals.traces,
-    ),
-    Part(
-        "spectrum",
-        "Spectrum of the velocity error",
-        "spectrum.npz",
-        "A peak is a limit cycle of controller, context and arm rather than a tracking error.",
-        figure=signals.spectrum,
-    ),
-    Part(
-        "cost_map",
-        "Cost map",
-        "maps.npz",
-        "Mean label over the samples: how much a prediction error in a state matters, step by step.",
-        figure=signals.cost_map,
-    ),
-    Part(
-        "labels",
-        "Labels",
-        "labels.json",
-        "If the mean map explains nearly all of a label's energy, its weights hardly depend on the sample.",
-        tables.labels,
-    ),
-    Part(
-        "truth",
-        "Truth check",
-        "truth.json",
-        "Rank correlation of labels with what they estimate, measured by branching the simulated closed loop.",
-        tables.truth,
-        signals.truth,
-    ),
-    Part(
-        "predicts",
-        "Which loss predicts the closed loop",
-        "truth.json",
-        "Rank correlation, over checkpoints, of each loss on held-out data with the closed-loop cost.",
-        tables.predicts,
-        signals.predicts,
-    ),
-    Part(
-        "capacity",
-        "Size of the network",
-        "evaluations.parquet",
-        "Cost of smaller and larger networks in percent of stand at the published size.",
-        figure=costs.capacity,
-    ),
-    Part(
-        "studies",
-        "Rounds, data, ablations",
-        "evaluations.parquet",
-        "Each in percent of stand of the main study at the same p.",
-        tables.studies,
-        costs.studies,
-    ),
-    Part(
-        "curves",
-        "Training curves",
-        "curves.parquet",
-        "Each method's validation loss under its own weighting; levels of different methods do not compare.",
-        figure=signals.curves,
-    ),
-    Part("speed", "Speed", "speed.json", "On the machine named above.", tables.records),
-    Part("timing", "Where the time went", "timing.json", "Wall-clock time by phase of the run.", tables.seconds),
-    Part("data", "Data", "data.json", "What was collected, and what was left out because it diverged.", tables.counts),
-)
-"""The sections of the report, in order."""
-
-
 def _title(files: Files) -> str:
-    return f"Panda: models tailored to tracking, preset {files['config.json'].get('preset', '?')}"
+    unfinished = "" if "finished.json" in files else " (not finished: what there is so far)"
+    return f"Panda: models tailored to tracking, preset {files['config.json'].get('preset', '?')}{unfinished}"
 
 
 def _command(files: Files) -> str:
@@ -286,6 +196,9 @@ def _footnote(files: Files) -> str:
         f"{pairing.SATURATED_SHARE:.0%} of its steps. "
         f"Unstable: mean speed error above {evaluate.UNSTABLE_SPEED} rad/s."
     )
+    anchor = files["config.json"].get("anchor")
+    if anchor:
+        rules += f" Of the loss, the weighted part is {1 / (1 + anchor):.0%} at the beginning (anchor {anchor:g})."
     rows = files.get("evaluations.parquet")
     if rows is None:
         return "No evaluations yet: evaluations.parquet is missing."
@@ -294,8 +207,10 @@ def _footnote(files: Files) -> str:
     if not ratios:
         return rules
     detectable = np.median([evaluate.minimum_detectable(r) for r in ratios])
-    runs = len({(m, s) for m, s in zip(rows["model"].tolist(), rows["seed"].tolist(), strict=True) if s >= 0})
-    few = " With fewer than five runs the intervals are too narrow." if runs < 5 else ""
+    trained = {(m, s) for m, s in zip(rows["model"].tolist(), rows["seed"].tolist(), strict=True) if s >= 0}
+    runs, models = len(trained), len({m for m, _ in trained})
+    few = f" With {models} pretrained model{'s' if models != 1 else ''} the intervals are too narrow."
+    few = few if models < 5 else ""
     dropped = sum(r.dropped for r in ratios)
     without = f" {dropped} episodes without partner are left out." if dropped else ""
     counted = f"{runs} training{'s' if runs != 1 else ''}; effects below {detectable:.1%} cannot be told from none."
@@ -310,7 +225,7 @@ def _image(path: Path, alt: str) -> str:
 
 
 def _clip(folder: Path) -> str:
-    found = [folder / name for name in ("clip.webp", "clip.gif") if (folder / name).exists()]
-    if not found:
-        return '<p class="missing">No clip: clip.gif is missing (it takes MuJoCo with OpenGL).</p>'
-    return "<p>The pretrained beside the tailored model, in the same environment.</p>" + _image(found[0], "clip")
+    path = folder / "clip.webp"
+    if not path.exists():
+        return '<p class="missing">No clip: clip.webp is missing (it takes MuJoCo with OpenGL).</p>'
+    return "<p>The pretrained beside the tailored model, in the same environment.</p>" + _image(path, "clip")

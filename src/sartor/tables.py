@@ -51,13 +51,14 @@ def _row(rows: pairing.Table, arm: Arm, stand: Arm | str | None) -> Row | None:
 def headline(rows: pairing.Table) -> Grid:
     """The comparison that counts: each weighting against `stand`, and what its episodes were like."""
     header = ["weighting", "p", "all", "unsaturated", "saturated", "head-room closed", "J mean", "J median", "q [mrad]",
-              "qd [rad/s]", "e.e. [mm]", "torque at limit", "unstable", "failed solves"]  # fmt: skip
+              "qd [rad/s]", "e.e. [mm]", "torque at limit", "velocities in J", "unstable", "failed solves"]  # fmt: skip
     body = []
     for arm, ratios, headroom, s in rows_of(rows):
         body.append([
             arm.method, str(arm.p or ""), *map(percent, ratios), percent(headroom), f"{s['J']:.4g}",
             f"{s['J_median']:.3g}", f"{1e3 * s['q_rmse']:.2f}", f"{s['qd_rmse']:.3f}", f"{1e3 * s['ee_rmse']:.2f}",
-            f"{s['saturated']:.1%}", f"{s['unstable']:.0f} of {s['episodes']}", f"{s['failed']:.0f}",
+            f"{s['saturated']:.1%}", f"{s['velocity_share']:.0%}", f"{s['unstable']:.0f} of {s['episodes']}",
+            f"{s['failed']:.0f}",
         ])  # fmt: skip
     return Grid(header, body)
 
@@ -76,28 +77,36 @@ def protocols(rows: pairing.Table) -> Grid:
 
 
 def studies(rows: pairing.Table) -> Grid:
-    """What was varied beside the weighting, each against `stand` of the main study."""
-    header = ["study", "weighting", "variant", "p", "all", "unsaturated", "J mean", "J median", "unstable"]
+    """What was varied beside the weighting, against `stand` of the main study, of the variant, and itself unvaried."""
+    header = ["study", "weighting", "variant", "p", "validation: of stand", "test: of stand", "unsaturated",
+              "of stand, this variant", "of the weighting, main", "J median", "unstable", "runs"]  # fmt: skip
     body = []
     for study in (s for s in dict.fromkeys(rows["study"].tolist()) if s != "main"):
         for arm in (arm for arms in tuned(rows, study).values() for arm in arms):
-            ratios = [attempt(evaluate.ratio, rows, arm, Arm("stand", arm.p), where=w) for w in ("all", "unsaturated")]
-            s = attempt(evaluate.summary, rows, arm)
-            if s is not None:
-                numbers = [f"{s['J']:.4g}", f"{s['J_median']:.3g}", f"{s['unstable']:.0f} of {s['episodes']}"]
-                body.append([study, arm.method, arm.variant, str(arm.p), *map(percent, ratios), *numbers])
+            s, stand = attempt(evaluate.summary, rows, arm), Arm("stand", arm.p)
+            if s is None:
+                continue
+            against = [(stand, {"split": "validation"}), (stand, {}), (stand, {"where": "unsaturated"})]
+            against += [(arm._replace(method="stand"), {}), (Arm(arm.method, arm.p), {})]
+            ratios = [attempt(evaluate.ratio, rows, arm, base, **options) for base, options in against]
+            if arm.method == "stand":
+                ratios[3:] = [None, None]
+            runs = len(pairing.costs(rows, arm))
+            numbers = [f"{s['J_median']:.3g}", f"{s['unstable']:.0f} of {s['episodes']}", str(runs)]
+            body.append([study, arm.method, arm.variant, str(arm.p), *map(percent, ratios), *numbers])
     return Grid(header, body)
 
 
 def labels(content: dict[str, Any]) -> Grid:
     """How many labels, how fast, and how little of them depends on the sample."""
-    header = ["label", "model", "samples", "failed", "explained by the mean map", "labels/s", "variation by joint"]
+    header = ["label", "model", "samples", "failed", "explained by the mean map", "labels/s and core",
+              "variation by joint"]  # fmt: skip
     body = []
     for model, variants in content.items():
         for variant in order(list(variants)):
             v = variants[variant]
             cv = " ".join(f"{c:.2f}" for c in v.get("cv", []))
-            explained, rate = f"{v['explained']:.1%}", f"{v['rate']:.0f}" if "rate" in v else "–"
+            explained, rate = f"{v['explained']:.1%}", _number(v.get("rate"), 0)
             body.append([variant, model, f"{v['samples']}", f"{v['failed']}", explained, rate, cv])
     return Grid(header, body)
 

@@ -154,19 +154,23 @@ def run_tailor(task: Tailor, monitor: Monitor) -> tuple[Labelled, dict[str, tupl
     """
     if not 1 <= task.steps <= task.horizon:
         raise ValueError(f"steps must lie in 1..{task.horizon}, the horizon, not {task.steps}.")
+    config = Config(task.epochs, task.batch, task.learning_rate, seed=task.seed, anchor=task.anchor)
     labelled = run_label(task, monitor)
     samples, count = labelled.samples, labelled.samples.size
     held_out = np.arange(count) >= count - max(1, count // 10)  # the end of the last log
     seen = np.arange(count) < np.flatnonzero(held_out)[0] - -(-task.steps // task.stride)  # rollouts end before it
+    if not seen.any():
+        raise ValueError(f"the logs give {count} samples with a label, too few to train on: give more or longer ones.")
+    std = samples.xs.std((0, 1))
+    standard = np.where(std > 0, 1.0 / np.where(std > 0, std, 1.0), 0.0)  # a joint that stands still does not count
     kinds: dict[str, Weights] = {
         "labels": from_labels(labelled.S, task.steps, task.states),
-        "1/standard deviation": constant(1.0 / samples.xs.std((0, 1)), count, task.steps, task.states),
+        "1/standard deviation": constant(standard, count, task.steps, task.states),
     }
     take = lambda weights, which: jax.tree.map(lambda leaf: leaf[which], weights)
     checkpoint = task.out / f"train-{hashlib.sha256(repr(task).encode()).hexdigest()[:8]}.checkpoint"
-    config = Config(task.epochs, task.batch, task.learning_rate, seed=task.seed, anchor=task.anchor)
     trained, _ = fit(
-        labelled.model, samples.take(seen), take(kinds["labels"], seen), config, dt=task.dt,
+        labelled.model, samples.take(seen), take(kinds["labels"], seen), config,
         checkpoint=checkpoint, monitor=lambda done, total: monitor("train", done, total),
     )  # fmt: skip
     save_model(task.out / "model.npz", trained)
@@ -231,28 +235,37 @@ def _limits(task: Task, mj_model: mujoco.MjModel) -> np.ndarray:
         limits = np.asarray(task.torque_limits, float)
         if limits.shape != (mj_model.nv,) or not np.all(limits > 0):
             raise ValueError(f"torque_limits must hold {mj_model.nv} positive numbers, not {task.torque_limits}.")
-        return limits
-    limits = np.full(mj_model.nv, np.nan)
+        return np.stack([-limits, limits])
+    limits = np.full((2, mj_model.nv), np.nan)
     for i in range(mj_model.nu):
         joint = mj_model.actuator_trnid[i, 0]
         if mj_model.actuator_ctrllimited[i] and mj_model.actuator_trntype[i] == int(mujoco.mjtTrn.mjTRN_JOINT):
-            motor = mj_model.actuator_gaintype[i] == mj_model.actuator_biastype[i] == 0
-            if not motor:
-                raise ValueError(f"{task.robot}: an actuator of {mj_model.joint(joint).name!r} is no torque motor: give"
-                                 " torque_limits.")  # fmt: skip
-            force = np.abs(
-                mj_model.actuator_ctrlrange[i] * mj_model.actuator_gear[i, 0] * mj_model.actuator_gainprm[i, 0]
-            )
-            limits[mj_model.jnt_dofadr[joint]] = force.min()
+            limits[:, mj_model.jnt_dofadr[joint]] = _motor_range(task.robot, mj_model, i, joint)
     if np.isnan(limits).any():
-        missing = ", ".join(mj_model.joint(j).name or str(j) for j in np.flatnonzero(np.isnan(limits)))
+        missing = ", ".join(mj_model.joint(j).name or str(j) for j in np.flatnonzero(np.isnan(limits[0])))
         raise ValueError(f"{task.robot} has no motor with a control range for {missing}: give torque_limits.")
     return limits
 
 
+def _motor_range(robot: Path, m: mujoco.MjModel, i: int, joint: int) -> tuple[float, float]:
+    """Torques that a motor can give its joint, with the limits of its force and of the joint's."""
+    name = m.joint(joint).name or str(joint)
+    if not m.actuator_gaintype[i] == m.actuator_biastype[i] == 0:
+        raise ValueError(f"{robot}: an actuator of {name!r} is no torque motor: give torque_limits.")
+    forces = [m.actuator_ctrlrange[i] * m.actuator_gainprm[i, 0]]
+    forces += [m.actuator_forcerange[i]] if m.actuator_forcelimited[i] else []
+    torques = [m.actuator_gear[i, 0] * force for force in forces]
+    torques += [m.jnt_actfrcrange[joint]] if m.jnt_actfrclimited[joint] else []
+    low, high = max(min(t) for t in torques), min(max(t) for t in torques)
+    if not low < high:
+        raise ValueError(f"{robot}: the motor of {name!r} can give {low:g} to {high:g}: give torque_limits.")
+    return low, high
+
+
 def _problem(task: Task, n: int, limits: np.ndarray) -> Problem:
     Q, R = [task.position_weight] * n + [task.velocity_weight] * n, [task.torque_weight] * n
-    return arm.problem(ArmDynamics(task.dt), Q=Q, R=R, u_min=-limits, u_max=limits, dt=task.dt, horizon=task.horizon)
+    u_min, u_max = limits
+    return arm.problem(ArmDynamics(task.dt), Q=Q, R=R, u_min=u_min, u_max=u_max, dt=task.dt, horizon=task.horizon)
 
 
 def _start(task: Task, body: RigidBody) -> AbstractModel:
@@ -260,7 +273,5 @@ def _start(task: Task, body: RigidBody) -> AbstractModel:
     if task.model is None:
         kind = {"cadelac": CaDeLaC, "mlp": ResidualMLP}[task.kind]
         return kind(body, hidden=24, num_layers=1, key=jax.random.key(task.seed))  # learns more than the published five
-    model = load_model(task.model)
-    if model.body.names != body.names:
-        raise ValueError(f"{task.model} is a model of a robot with the joints {model.body.names}, not {body.names}.")
+    model = load_model(task.model, body=body)
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, float) if eqx.is_inexact_array(leaf) else leaf, model)

@@ -7,6 +7,7 @@ with z_t from the history at t and held, as the controller holds it.
 References: Węgrzynowski et al., Learning What Matters, eq. (1).
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -25,8 +26,6 @@ from sartor.models.base import AbstractModel, ArmDynamics, Theta, trainable
 from sartor.samples import TorqueSamples, Windows
 from sartor.weights import Weights
 
-Loss = Callable[[Any, Any, Any], Array]
-"""loss(model, batch) -> (B,)."""
 Monitor = Callable[[int, int], None]
 """monitor(done, total), called as training proceeds."""
 
@@ -97,10 +96,8 @@ def rollout_loss(dt: float, model: AbstractModel, batch: tuple[Windows, Weights]
     return weights.loss(errors)
 
 
-def inverse_loss(
-    dt: float, sizes: Float[Array, " n"], model: AbstractModel, batch: tuple[Windows, Weights]
-) -> Float[Array, " B"]:
-    """Σ_j (u - torque(q̄, q̇̄, q̈, z))_j²/size_j over the first interval of each sample, with q̄, q̇̄, q̈ as in (D13)."""
+def inverse_errors(dt: float, model: AbstractModel, batch: tuple[Windows, Weights]) -> Float[Array, "B n"]:
+    """u - torque(q̄, q̇̄, q̈, z) over the first interval of each sample, with q̄, q̇̄, q̈ as in (D13)."""
     sample, _ = batch
     n = model.body.nq
 
@@ -109,13 +106,13 @@ def inverse_loss(
         return u - model.torque(middle[:n], middle[n:], qdd, model.context(past))
 
     ahead: Any = (sample.x0, sample.us[:, 0], sample.xs[:, 0], sample.history)
-    return jnp.sum(jax.vmap(error)(*ahead) ** 2 / sizes, -1)
+    return jax.vmap(error)(*ahead)
 
 
 def _anchored_loss(
     dt: float, size: Array, sizes: Array, model: AbstractModel, batch: tuple[Windows, Weights]
 ) -> Float[Array, " B"]:
-    return rollout_loss(dt, model, batch) / size + inverse_loss(dt, sizes, model, batch)
+    return rollout_loss(dt, model, batch) / size + jnp.sum(inverse_errors(dt, model, batch) ** 2 / sizes, -1)
 
 
 def fit(
@@ -124,7 +121,6 @@ def fit(
     weights: Weights,
     config: Config,
     *,
-    dt: float,
     validation: tuple[Windows, Weights] | None = None,
     checkpoint: Path | None = None,
     monitor: Monitor | None = None,
@@ -137,7 +133,6 @@ def fit(
         samples: Training data.
         weights: Their weights, one for each sample.
         config: How to train.
-        dt: Control step of the data [s].
         validation: Other samples with their weights, for the curve only.
         checkpoint: File that keeps the state after every epoch; if it exists, training goes on from there, to the
             same result as without the interruption.
@@ -145,7 +140,8 @@ def fit(
         after_epoch: after_epoch(epoch, model), called after every epoch, counted from 1.
 
     Returns: the model, and the curve of its loss relative to that of the model at the start.
-    Fails: `ValueError` for weights that do not fit the samples, `FloatingPointError` if the loss is not finite.
+    Fails: `ValueError` for weights that do not fit the samples or `frozen` fields that the model does not have,
+        `FloatingPointError` if the loss is not finite.
     """
     num_samples = jax.tree.leaves(weights)[0].shape[0]
     if num_samples != samples.size:
@@ -153,14 +149,13 @@ def fit(
     num_steps = jax.tree.leaves(weights)[0].shape[-2]
     if num_steps > samples.us.shape[1]:
         raise ValueError(f"weights have {num_steps} steps, but the samples only {samples.us.shape[1]}: cut longer.")
+    trainable(model, config.frozen)  # refuses unknown names before anything is computed
+    dt = float(samples.dt[0])
     loss = eqx.Partial(rollout_loss, dt)
     if config.anchor > 0.0:
         data = (samples, weights)
-        joints = jnp.eye(model.body.nq, dtype=_dtype(model))
-        squares = [
-            mean_loss(eqx.Partial(inverse_loss, dt, jnp.where(j > 0, 1.0, jnp.inf)), model, data) for j in joints
-        ]
-        sizes = jnp.asarray(squares, _dtype(model)) * len(squares) / config.anchor
+        squares = np.mean(losses(eqx.Partial(inverse_errors, dt), model, data) ** 2, 0)
+        sizes = jnp.asarray(squares * len(squares) / config.anchor, _dtype(model))
         size = jnp.asarray(mean_loss(loss, model, data), _dtype(model))
         loss = eqx.Partial(_anchored_loss, dt, size, sizes)
     return optimise(loss, model, (samples, weights), config, validation, checkpoint, monitor, after_epoch)
@@ -185,8 +180,14 @@ def pretrain(
     """Train the residual of a model on torques that are known, as a simulator knows those of a payload.
 
     The loss is `torque_loss` with the variance of each torque over the samples. Else as `fit`.
+
+    Fails: `ValueError` if a target does not vary, else as `fit`.
     """
-    loss = eqx.Partial(torque_loss, tuple(np.var(samples.target, 0).tolist()))
+    variances = np.var(samples.target, 0)
+    if not np.all(variances > 0):
+        raise ValueError(f"target has no variance for the joints {np.flatnonzero(variances == 0).tolist()}: there is"
+                         " nothing to learn from; excite them.")  # fmt: skip
+    loss = eqx.Partial(torque_loss, tuple(variances.tolist()))
     return optimise(loss, model, samples, config, validation, checkpoint, monitor)
 
 
@@ -205,9 +206,14 @@ def optimise(
     num_steps = num_samples // batch
     optimiser = _optimiser(config.learning_rate, config.weight_decay, config.epochs * num_steps)
     free, fixed = eqx.partition(model, trainable(model, config.frozen))
-    scale = 1.0 / mean_loss(loss, model, data)
+    begin = mean_loss(loss, model, data)
+    if not (np.isfinite(begin) and begin > 0):
+        raise FloatingPointError(f"the loss is {begin} before training: look for samples without errors or weights, or"
+                                 " that are not finite.")  # fmt: skip
+    scale = jnp.asarray(1.0 / begin, _dtype(model))  # an array: as a number it would be compiled in
+    mark = _fingerprint(config, begin, model, data)
     state = (free, optimiser.init(free), jnp.zeros((2, config.epochs)))
-    epoch, state = _resume(checkpoint, state)
+    epoch, state = _resume(checkpoint, mark, state)
     while epoch < config.epochs:
         order = np.random.default_rng((config.seed, epoch)).permutation(num_samples)
         free, opt_state, curve = state
@@ -230,7 +236,7 @@ def optimise(
         if after_epoch is not None:  # before the checkpoint: an interruption between them repeats it
             after_epoch(epoch, trained)
         if checkpoint is not None:
-            save_tree(checkpoint, (np.asarray(epoch), *state))
+            save_tree(checkpoint, (mark, np.asarray(epoch), *state))
     train, held_out = np.asarray(state[2]).tolist()
     return eqx.combine(state[0], fixed), Curve(train, [] if validation is None else held_out)
 
@@ -240,8 +246,8 @@ def mean_loss(loss: Callable, model: AbstractModel, data: PyTree, batch: int = 5
     return float(np.mean(losses(loss, model, data, batch)))
 
 
-def losses(loss: Callable, model: AbstractModel, data: PyTree, batch: int = 512) -> Float[np.ndarray, " B"]:
-    """loss(model, ...) of each sample, computed in batches."""
+def losses(loss: Callable, model: AbstractModel, data: PyTree, batch: int = 512) -> Float[np.ndarray, "B ..."]:
+    """loss(model, ...) of each sample, a number or an array, computed in batches."""
     data = jax.tree.map(lambda leaf: np.asarray(leaf, _dtype(model)) if _floating(leaf) else np.asarray(leaf), data)
     num_samples = len(jax.tree.leaves(data)[0])
     batch = min(batch, num_samples)
@@ -274,12 +280,20 @@ def _optimiser(learning_rate: float, weight_decay: float, num_steps: int) -> opt
     return optax.chain(optax.clip_by_global_norm(10.0), optax.adamw(schedule, weight_decay=weight_decay))
 
 
-def _resume(checkpoint: Path | None, state: PyTree) -> tuple[int, PyTree]:
+def _fingerprint(config: Config, begin: float, model: AbstractModel, data: PyTree) -> np.ndarray:
+    """Of all that training depends on; the loss before it stands for the loss function."""
+    digest = hashlib.sha256(repr((config, begin)).encode())
+    for leaf in jax.tree.leaves((eqx.filter(model, eqx.is_array), data)):
+        digest.update(np.asarray(leaf).tobytes())
+    return np.frombuffer(digest.digest(), np.uint8)
+
+
+def _resume(checkpoint: Path | None, mark: np.ndarray, state: PyTree) -> tuple[int, PyTree]:
     if checkpoint is None or not checkpoint.exists():
         return 0, state
-    epoch, *stored = load_tree(checkpoint, (np.asarray(0), *state))
-    if [leaf.shape for leaf in jax.tree.leaves(stored)] != [leaf.shape for leaf in jax.tree.leaves(state)]:
-        raise ValueError(f"{checkpoint} is of a model of other sizes, or of another number of epochs: delete it.")
+    stored_mark, epoch, *stored = load_tree(checkpoint, (mark, np.asarray(0), *state))
+    if not np.array_equal(stored_mark, mark):
+        raise ValueError(f"{checkpoint} is of training from another model, or with other data or settings: delete it.")
     return int(epoch), tuple(stored)
 
 

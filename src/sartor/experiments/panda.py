@@ -8,6 +8,7 @@ run folder, so an interrupted run goes on where it was. `report_panda` reads the
     labels.json, maps.npz                                    statistics and mean maps of the labels
     truth.json                                               labels against branches of the simulated closed loop
     traces.npz, spectrum.npz                                 tracking errors
+    speed.json                                               sizes of the networks, time of a control step
     models/                                                  the models
 """
 
@@ -24,7 +25,7 @@ from sartor.experiments.jobs import Job, Workers
 from sartor.experiments.panda_config import Config
 from sartor.experiments.panda_gather import gather
 from sartor.experiments.panda_studies import Cell, cells
-from sartor.experiments.panda_truth import agreement, check
+from sartor.experiments.panda_truth import agreement, check, moments, truth_files
 from sartor.experiments.panda_weights import NEEDS_LABELS
 from sartor.experiments.run_folder import environment
 from sartor.files import read_json, write_json
@@ -46,6 +47,7 @@ def run(config: Config, out: Path, monitor: Monitor | None = None, command: str 
     config = config.resolved()
     out.mkdir(parents=True, exist_ok=True)
     _claim(out, config, command)
+    _note_environment(out)
     chosen = cells(config)
     before = _read(out / "timing.json")
     keep_times = lambda times: write_json(out / "timing.json", _add(before, times))
@@ -65,6 +67,7 @@ def run(config: Config, out: Path, monitor: Monitor | None = None, command: str 
                 {c.final(config): ("model", config, c.final(config), c.model == c.seed == 0) for c in part},
             )
             gather(config, out)  # so that what there is can be looked at
+        _speed(config, out, workers, chosen)
         _protocols(config, out, workers, chosen)
         _truth(config, out, workers, chosen)
     gather(config, out)
@@ -141,9 +144,20 @@ def _test(out: Path, workers: Workers, what: dict[str, tuple]) -> None:
     workers.run("test", todo)
 
 
+def _speed(config: Config, out: Path, workers: Workers, chosen: list[Cell]) -> None:
+    """Control steps with networks of all sizes, one after the other: they would slow each other down."""
+    if config.steps < jobs.TIMED_STEPS:
+        return
+    for cell in [Cell(0, "stand", config.rollouts[0], 0), *(c for c in chosen if c.study == "capacity")]:
+        model = out / "models" / f"{cell.start}.npz"
+        workers.run("time", [Job(out / "speed" / f"{cell.start}.json", jobs.speed, (model, cell.config(config)))])
+
+
 def _protocols(config: Config, out: Path, workers: Workers, chosen: list[Cell]) -> None:
     """Tests of the epochs before the last, of some weightings at the first p."""
-    mine = [c for c in chosen if c.study == "main" and c.p == config.rollouts[0] and c.method in config.protocols]
+    mine = [
+        c for c in chosen if c.study == "main" and c.p == config.rollouts[0] and c.method in (config.protocols or ())
+    ]
     names = [f"epochs/{cell.final(config)}-e{epoch}" for cell in mine for epoch in range(1, config.epochs)]
     _test(out, workers, {name: ("model", config, name, False) for name in names})
 
@@ -152,13 +166,12 @@ def _truth(config: Config, out: Path, workers: Workers, chosen: list[Cell]) -> N
     if not config.truth:
         return
     p = config.rollouts[0]
+    stand = [out / "models" / f"{Cell(m, 'stand', p, 0).final(config)}.npz" for m in range(config.models)]
+    files = truth_files(out, config)
     todo = [
-        Job(
-            out / "truth" / f"model-{m}.npz",
-            check,
-            (out / "models" / f"{Cell(m, 'stand', p, 0).final(config)}.npz", config),
-        )
-        for m in range(config.models)
+        Job(file, check, (model, config, moment))
+        for model, of_model in zip(stand, files, strict=True)
+        for file, moment in zip(of_model, moments(config), strict=True)
     ]
     workers.run("truth", todo)
     main = [cell for cell in chosen if cell.study == "main" and cell.p == p]
@@ -180,7 +193,13 @@ def _claim(out: Path, config: Config, command: str) -> None:
             raise ValueError(f"{out} holds a run with other settings ({', '.join(different)}): choose another folder.")
         return
     write_json(path, mine | {"command": command})
-    write_json(out / "environment.json", environment())
+
+
+def _note_environment(out: Path) -> None:
+    """Versions and device; of the commits, all that the run was made with."""
+    mine, path = environment(), out / "environment.json"
+    before = read_json(path)["commit"].split(", ") if path.exists() else []
+    write_json(path, mine | {"commit": ", ".join(dict.fromkeys([*before, mine["commit"]]))})
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from sartor.experiments.panda_studies import Study
-from sartor.experiments.panda_weights import Weighting
+from sartor.experiments.panda_weights import NEEDS_LABELS, Weighting
 from sartor.systems import panda
 from sartor.weights import States
 
@@ -18,34 +18,38 @@ _SMOKE: dict[str, Any] = dict(
 _QUICK: dict[str, Any] = dict(
     models=1, seeds=1, weightings=("stand", "ours", "stand_env", "regret_env"), rollouts=(4,), steps=500,
     pretrain_payloads=60, pretrain_references=2, pretrain_epochs=30, finetune_payloads=30, kept=30, label_stride=5,
-    epochs=8,
-    batch=256, tests=20, curvature="gauss_newton", anchor=10.0,
+    epochs=8, batch=256, tests=20, curvature="gauss_newton", anchor=10.0,
 )  # fmt: skip
+_PUBLISHED: tuple[Weighting, ...] = ("ones", "stand", "norm", "mpc_cost", "ours", "ours_avg")
 _PAPER: dict[str, Any] = dict(
     models=2, seeds=5,
-    weightings=("ones", "stand", "norm", "mpc_cost", "ours", "ours_avg", "ours_shuffled", "stand_env", "regret",
-                "regret_env", "closed_loop"),
+    weightings=(*_PUBLISHED, "ours_shuffled", "stand_env", "regret", "regret_env", "closed_loop"),
+    others=(*_PUBLISHED, "ours_shuffled"),
     rollouts=(4, 1, 12), steps=500, pretrain_payloads=100, pretrain_references=2, pretrain_epochs=40,
     finetune_payloads=60, kept=30, label_stride=5, epochs=8, batch=256, tests=20, curvature="exact", anchor=3.0,
-    studies=("rounds", "capacity", "ablation"), study_seeds=1, validation=10, protocols=("stand", "ours"), truth=4,
+    studies=("rounds", "alone", "capacity", "ablation"), validation=10, protocols=("stand", "ours"), truth=4,
 )  # fmt: skip
-_PRESETS = {"smoke": _SMOKE, "quick": _QUICK, "paper": _PAPER}
+_DEFAULT: dict[str, Any] = dict(others=(), studies=(), study_seeds=1, validation=0, protocols=(), truth=0)
+_PRESETS = {"smoke": _DEFAULT | _SMOKE, "quick": _DEFAULT | _QUICK, "paper": _DEFAULT | _PAPER}
+_CAN_BE_NOTHING = {*_DEFAULT, "anchor"}  # 0 and () are values of these
 
 
 @dataclass(frozen=True)
 class Config:
-    """The Panda experiment. Fields that are 0, empty or "" come from the preset."""
+    """The Panda experiment. Numbers that are 0, what is empty and what is none come from the preset."""
 
     experiment: Annotated[Literal["panda"], tyro.conf.Suppress] = "panda"
     """Which experiment."""
     preset: Literal["smoke", "quick", "paper"] = "quick"
-    """`smoke` is for tests, `quick` takes some eleven minutes, `paper` many hours: it has not been run to its end."""
+    """`smoke` is for tests, `quick` takes some ten minutes, `paper` many hours."""
     models: int = 0
     """Pretrained models, each from another seed."""
     seeds: int = 0
     """Fine-tuning runs of each weighting and pretrained model."""
     weightings: tuple[Weighting, ...] = ()
     """Loss weights to compare; `stand` is what the others are compared with."""
+    others: tuple[Weighting, ...] | None = None
+    """Those of them that are compared at other p than the first; all if it is empty."""
     rollouts: tuple[int, ...] = ()
     """Lengths p of the rollouts in the loss."""
     steps: int = 0
@@ -103,15 +107,15 @@ class Config:
     """Learning rate of fine-tuning, the same for all weightings."""
     tests: int = 0
     """Held-out payloads, one reference each."""
-    validation: int = 0
+    validation: int | None = None
     """Further payloads, to choose by."""
-    protocols: tuple[Weighting, ...] = ()
+    protocols: tuple[Weighting, ...] | None = None
     """Weightings whose models of every epoch are tested, to compare ways of choosing one."""
-    studies: tuple[Study, ...] = ()
+    studies: tuple[Study, ...] | None = None
     """What else is varied, at the first of `rollouts`."""
-    study_seeds: int = 0
-    """Fine-tuning runs of each variant and pretrained model."""
-    truth: int = 0
+    study_seeds: int | None = None
+    """Fine-tuning runs of each variant and pretrained model; of the study `alone` there are as many as of the main."""
+    truth: int | None = None
     """Moments of each test episode at which labels are checked by branching the closed loop; 0 for no check."""
     damping: float = 0.0
     """Joint damping that the model knows [N m s/rad]; that of the plant is 1."""
@@ -128,14 +132,18 @@ class Config:
     """Processes, one for each core; 0: do all in this one."""
 
     def __post_init__(self):
-        numbers = ("models", "seeds", "steps", "epochs", "batch", "tests", "validation", "workers", "dither", "rounds")
+        numbers = (
+            "models", "seeds", "steps", "pretrain_payloads", "pretrain_references", "pretrain_epochs", "anchor",
+            "finetune_payloads", "label_stride", "epochs", "batch", "tests", "validation", "study_seeds", "truth",
+            "workers", "dither", "share", "tau", "damping",
+        )  # fmt: skip
         for name in numbers:
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}.")
         if any(not 1 <= p <= panda.HORIZON for p in self.rollouts):
             raise ValueError(f"rollouts must lie in 1..{panda.HORIZON}, the horizon of the MPC, not {self.rollouts}.")
         for name, most in (("tests", 20), ("validation", 10), ("finetune_payloads", 100), ("pretrain_payloads", 100)):
-            if getattr(self, name) > most:
+            if (getattr(self, name) or 0) > most:
                 raise ValueError(f"{name} must be at most {most}, the payloads there are, not {getattr(self, name)}.")
         if self.truth and self.steps and self.steps < 56:
             raise ValueError(f"truth needs episodes of at least 56 steps, not {self.steps}.")
@@ -146,10 +154,12 @@ class Config:
 
     def resolved(self) -> "Config":
         """The same with the numbers of the preset filled in."""
-        unset = lambda value: value is None or not isinstance(value, float) and not value
-        missing = {name: value for name, value in _PRESETS[self.preset].items() if unset(getattr(self, name))}
+        unset = lambda name: getattr(self, name) is None or name not in _CAN_BE_NOTHING and not getattr(self, name)
+        missing = {name: value for name, value in _PRESETS[self.preset].items() if unset(name)}
         config = replace(self, **missing)
         matrices = [name for name in config.weightings if name.startswith("regret")]
         if self.share and matrices:
             raise ValueError(f"share mixes weights of single entries; those of {matrices} are matrices: drop them.")
+        if config.truth and not set(config.weightings) & set(NEEDS_LABELS):
+            raise ValueError("truth compares labels: weightings must contain one that has them, such as 'ours'.")
         return config

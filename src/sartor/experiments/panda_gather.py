@@ -13,7 +13,7 @@ from sartor import pairing
 from sartor.experiments import panda_jobs as jobs
 from sartor.experiments import panda_stages as stages
 from sartor.experiments.panda_studies import Cell, cells
-from sartor.experiments.panda_truth import correlations
+from sartor.experiments.panda_truth import correlations, truth_files
 from sartor.experiments.panda_weights import NEEDS_LABELS, combined
 from sartor.files import read_json, replacing_file, save_arrays, write_json
 from sartor.lerobot import write_lerobot
@@ -36,6 +36,7 @@ def gather(config: Any, out: Path) -> None:
     _traces(config, out, done)
     _clip(config, out, done, rows)
     _data(config, out)
+    _speed(out)
     _truth(config, out, rows)
 
 
@@ -102,7 +103,7 @@ def _labels(config: Any, out: Path) -> None:
                 q = S[ok][:, :4, :7]
                 table[str(m)][f"{name}, {variant}" if variant else name] = {
                     "samples": int(ok.sum()), "failed": int((~found["ok"]).sum()), "explained": explained(q),
-                    "cv": (q.std((0, 1)) / q.mean((0, 1))).tolist(),
+                    "cv": (q.std((0, 1)) / q.mean((0, 1))).tolist(), "rate": jobs.label_rate(list(files), folder),
                 }  # fmt: skip
                 if not variant:
                     maps[f"S_{name}"] = maps.get(f"S_{name}", 0.0) + S[ok].mean(0) / config.models
@@ -121,20 +122,22 @@ def _traces(config: Any, out: Path, done: list[Cell]) -> None:
         log = logs[example]
         traces |= {f"x_{method}": log.xs, f"u_{method}": log.us, "reference": log.refs}
         errors = np.stack([log.xs[:, 7:] - np.asarray(log.refs)[:, 7:] for log in logs])
-        spectra[method] = np.median(np.abs(np.fft.rfft(errors, axis=1)) ** 2, 0)
+        density = 2.0 * panda.DT / errors.shape[1] * np.abs(np.fft.rfft(errors, axis=1)) ** 2
+        spectra[method] = np.median(density, 0)
     save_arrays(out / "traces.npz", t=panda.DT * np.arange(config.steps + 1), **traces)
     save_arrays(out / "spectrum.npz", frequencies=np.fft.rfftfreq(config.steps + 1, panda.DT), **spectra)
 
 
 def _clip(config: Any, out: Path, done: list[Cell], rows: list[dict]) -> None:
-    """The pretrained beside the last tailored model, where the pretrained one does as well as it does on the median."""
+    """The pretrained beside the tailored model, where the pretrained one does as well as it does on the median."""
     first = [c for c in done if c.study == "main" and c.p == config.rollouts[0] and c.model == c.seed == 0]
     path = out / "clip.webp"
     if path.exists() or not first:
         return
     before = [row for row in rows if row["method"] == "pretrained" and row["model"] == 0 and row["split"] == "test"]
     middle = int(np.argsort([row["J"] for row in before])[len(before) // 2])
-    names = {"pretrained": "pretrained-0", f"tailored: {first[-1].method}": first[-1].final(config)}
+    tailored = next((cell for cell in first if cell.method == "ours"), first[-1])
+    names = {"pretrained": "pretrained-0", f"tailored: {tailored.method}": tailored.final(config)}
     logs = {caption: stages.load_logs(out / "tests" / f"{name}.npz")[middle] for caption, name in names.items()}
     reference = np.asarray(logs["pretrained"].refs)[:, :7]
     robot = panda.mj_model(panda.payloads()[before[middle]["environment"]])
@@ -149,24 +152,36 @@ def _data(config: Any, out: Path) -> None:
     logs, model = jobs.logs_of(files), load_model(out / "models" / "pretrained-0.npz")
     samples = windows(logs, model, panda.HORIZON, stride=config.label_stride)
     kept = int(stages.sound(logs, samples).sum())
-    write_json(out / "data.json", {"runs": len(logs), "samples": samples.size, "left out": samples.size - kept,
-               "pretraining samples": read_json(out / "models" / "pretrained-0.json")["num_samples"]})  # fmt: skip
+    before = read_json(out / "models" / "pretrained-0.json")
+    write_json(out / "data.json", {
+        "pretraining samples": before["num_samples"], "pretraining samples left out": before.get("left_out", "–"),
+        "fine-tuning runs": len(logs), "fine-tuning samples": samples.size,
+        "fine-tuning samples left out": samples.size - kept,
+    })  # fmt: skip
     folder = out / "dataset"
     if not (folder / "meta" / "info.json").exists():
         joints = [f"joint{i + 1}" for i in range(7)]
         write_lerobot(folder, logs, robot="panda", joints=joints, task="follow the reference")
 
 
+def _speed(out: Path) -> None:
+    rows = [read_json(file) for file in (out / "speed").glob("*.json")]
+    if rows:
+        write_json(out / "speed.json", {"rows": sorted(rows, key=lambda row: row["parameters"])})
+
+
 def _truth(config: Any, out: Path, rows: list[dict]) -> None:
-    files = [out / "truth" / f"{kind}-{m}" for kind in ("model", "losses") for m in range(config.models)]
-    names = [file.with_suffix(".npz" if "model" in file.name else ".json") for file in files]
-    if not config.truth or not all(name.exists() for name in names):
+    if not config.truth:
+        return
+    branches = truth_files(out, config)
+    losses_of = [out / "truth" / f"losses-{m}.json" for m in range(config.models)]
+    if not all(file.exists() for file in (*losses_of, *(file for of_model in branches for file in of_model))):
         return
     table = pairing.columns(pa.Table.from_pylist(rows))
     unsaturated = sorted(set(range(stages.TEST, stages.TEST + config.tests)) - pairing.saturated_environments(table))
     found: dict[str, list[float]] = {}
-    for m in range(config.models):
-        losses = read_json(out / "truth" / f"losses-{m}.json")
+    for file in losses_of:
+        losses = read_json(file)
         costs = []
         for name in losses:
             episodes = {row["environment"]: row["J"] for row in read_json(out / "tests" / f"{name}.json")}
@@ -175,7 +190,7 @@ def _truth(config: Any, out: Path, rows: list[dict]) -> None:
             values = [losses[name][kind] for name in losses]
             found.setdefault(kind, []).append(float(np.asarray(spearmanr(values, costs))[0]))
     predicts = {kind: float(np.mean(values)) for kind, values in found.items()}
-    write_json(out / "truth.json", {"rows": correlations(names[: config.models]), "predicts": predicts})
+    write_json(out / "truth.json", {"rows": correlations(branches), "predicts": predicts})
 
 
 def _write_table(path: Path, rows: list[dict]) -> None:

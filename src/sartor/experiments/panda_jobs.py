@@ -1,21 +1,27 @@
 """The jobs of the Panda experiment: each makes one file of the run folder from others."""
 
+import time
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sartor.data import Log
 from sartor.experiments import panda_stages as stages
 from sartor.experiments.panda_studies import Cell
 from sartor.experiments.panda_weights import NEEDS_LABELS, closed_loop_labels, weights
-from sartor.files import load_arrays, save_arrays
+from sartor.files import load_arrays, save_arrays, write_json
+from sartor.models.base import trainable
 from sartor.models.store import load_model, save_model
 from sartor.samples import Windows, windows
 from sartor.systems import panda
 from sartor.train import Config as Training
 
+TIMED_STEPS = 120
 Part = tuple[Path, np.ndarray]
 """A file, and which runs it holds."""
 
@@ -118,6 +124,7 @@ def labels_of(files: tuple[Path, ...], folder: str, logs: list[Log], samples: Wi
     parts, first = [], 0
     for file in files:
         part = load_arrays(file.parent.parent / folder / file.name)
+        part.pop("rate", None)
         part["run"] = part["run"] + first
         first += len(stages.load_logs(file))
         parts.append(part)
@@ -129,6 +136,36 @@ def labels_of(files: tuple[Path, ...], folder: str, logs: list[Log], samples: Wi
         if value.dtype.kind == "f":
             value[~found["ok"]] = 0.0
     return found
+
+
+def label_rate(files: list[Path], folder: str) -> float:
+    """Labels per second on one core, without compiling; NaN where that is not known."""
+    rates = [load_arrays(file.parent.parent / folder / file.name).get("rate", np.nan) for file in files]
+    known = [float(rate) for rate in rates if np.isfinite(rate)]
+    return float(np.median(known)) if known else np.nan
+
+
+def speed(output: Path, model: Path, config: Any, monitor: Any) -> None:
+    """Size of a model, and how long the MPC takes for a control step with it on this core."""
+    belief, chosen = load_model(model), stages.runs("test", stages.TEST, 1, TIMED_STEPS)
+    tracker, robots, times = stages.controller("model", chosen.payloads, belief), stages.plants(chosen.payloads), []
+    x = robots.reset(np.concatenate([chosen.refs[:, 0, :7], np.zeros((1, 7))], 1))
+    loop = tracker.begin(jnp.asarray(x))
+    for t in range(TIMED_STEPS):
+        begun = time.perf_counter()
+        u, loop, _ = tracker.control(
+            loop, jnp.asarray(x), jnp.asarray(chosen.refs[:, t : t + panda.HORIZON + 1]), t == 0
+        )
+        u = np.asarray(u, float)
+        times.append(time.perf_counter() - begun)
+        x = robots.step(u)
+        loop = loop._replace(u=jnp.asarray(robots.us))
+        monitor(t + 1, TIMED_STEPS)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(belief, trainable(belief))))
+    controller = sum(leaf.size for leaf in jax.tree.leaves((belief.inertia, belief.potential)))
+    encoder = f"{config.num_layers} LSTM{'s' if config.num_layers > 1 else ''} of {config.hidden}"
+    row = {"networks": f"{list(config.widths)}, {encoder}", "parameters": parameters, "of them in the MPC": controller}
+    write_json(output, row | {"control step [ms]": 1e3 * float(np.median(times[20:]))})
 
 
 @lru_cache(maxsize=2)

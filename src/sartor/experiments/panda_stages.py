@@ -5,6 +5,7 @@ each use, by seed. Runs go bad where torques saturate for long: samples with a j
 reference or accelerated beyond `MAX_ACCELERATION` are left out of training, and counted.
 """
 
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -109,7 +110,7 @@ def pretrained(output: Path, logs: list[Log], config: Any, seed: int, monitor: A
         nominal(config.damping), widths=config.widths, num_contexts=config.num_contexts, hidden=config.hidden,
         num_layers=config.num_layers, key=jax.random.key(seed),
     )  # fmt: skip
-    samples = torque_samples(logs, model, config.pretrain_stride)
+    samples, count = torque_samples(logs, model, config.pretrain_stride)
     held_out = np.random.default_rng(0).permutation(len(samples.q)) < len(samples.q) // 10
     training = Training(
         config.pretrain_epochs, config.pretrain_batch, config.pretrain_rate, weight_decay=1e-4, seed=seed,
@@ -121,7 +122,8 @@ def pretrained(output: Path, logs: list[Log], config: Any, seed: int, monitor: A
         as_type(model, jnp.float32), parts[0], training, validation=parts[1], checkpoint=checkpoint, monitor=monitor
     )
     write_json(output.with_suffix(".json"), {"train": curve.train, "validation": curve.validation,
-               "std": np.std(samples.target, 0).tolist(), "num_samples": len(samples.q)})  # fmt: skip
+               "std": np.std(samples.target, 0).tolist(), "num_samples": len(samples.q),
+               "left_out": count - len(samples.q)})  # fmt: skip
     save_model(output, as_type(model, jnp.float64))
     checkpoint.unlink(missing_ok=True)
 
@@ -131,10 +133,12 @@ def history_noise(config: Any) -> tuple[float, ...]:
     return tuple(config.pretrain_noise * std for std in panda.HISTORY_NOISE) if config.pretrain_noise else ()
 
 
-def torque_samples(logs: list[Log], model: AbstractModel, stride: int) -> TorqueSamples:
-    """What a payload adds to the torques at the recorded motion, with the history there."""
+def torque_samples(logs: list[Log], model: AbstractModel, stride: int) -> tuple[TorqueSamples, int]:
+    """What a payload adds to the torques at the recorded motion, with the history there; and how many there were
+    before unsound ones were left out."""
     samples = windows(logs, model, 1, stride=stride)
-    qdd = np.concatenate([np.asarray(log.qdds)[::stride] for log in logs])
+    count = samples.size
+    qdd = np.stack([np.asarray(logs[i].qdds)[t] for i, t in zip(samples.run, samples.step, strict=True)])
     keep = sound(logs, samples) & (samples.step > 0) & (np.abs(qdd) <= MAX_ACCELERATION).all(1)
     samples, qdd = samples.take(keep), qdd[keep]
     q, qd = samples.x0[:, :7], samples.x0[:, 7:]
@@ -144,7 +148,7 @@ def torque_samples(logs: list[Log], model: AbstractModel, stride: int) -> Torque
         mine = samples.environment == payload
         true = from_mujoco(panda.mj_model(panda.payloads()[payload], damping=0.0))
         target[mine] = _payload_torques(true, body, *(jnp.asarray(part[mine]) for part in (q, qd, qdd)))
-    return TorqueSamples(q, qd, qdd, target, samples.history)
+    return TorqueSamples(q, qd, qdd, target, samples.history), count
 
 
 @eqx.filter_jit
@@ -188,12 +192,12 @@ def evaluate(chosen: Runs, tracker: Tracker, num_steps: int, monitor: Any) -> tu
     empty, rows = panda.mj_model(), []
     for log, failed, diverged in zip(result.logs, result.failed, result.diverged, strict=True):
         refs = np.asarray(log.refs)
+        xs = np.full_like(log.xs, np.inf) if diverged else log.xs  # the plant was frozen where it left the world
         ee = [end_effector(empty, x[:, :7]) for x in (log.xs, refs)]
         row = episode_metrics(
-            log.xs, log.us, refs, np.asarray(panda.U_MAX), np.asarray(panda.WEIGHTS),
+            xs, log.us, refs, np.asarray(panda.U_MAX), np.asarray(panda.WEIGHTS),
             np.linalg.norm(ee[0] - ee[1], axis=1),
         )  # fmt: skip
-        row["unstable"] = bool(row["unstable"] or diverged)
         rows.append({"environment": log.environment, "failed": int(failed), **row})
     return rows, result
 
@@ -214,8 +218,16 @@ def labelled(output: Path, logs: list[Log], model: Path, stride: int, tau: float
     belief, problem = load_model(model), panda.problem(ArmDynamics(panda.DT))
     samples = windows(logs, belief, problem.horizon, stride=stride)
     refs, solver = references_ahead(logs, samples, problem.horizon), replace(SOLVER, tau=tau)
-    found = label_samples(problem, belief, samples, refs, solver=solver, monitor=monitor, **options)
-    save_arrays(output, run=samples.run, step=samples.step, **found)
+    times: list[tuple[int, float]] = []
+
+    def timed(done: int, total: int) -> None:
+        times.append((done, time.monotonic()))
+        monitor(done, total)
+
+    found = label_samples(problem, belief, samples, refs, solver=solver, monitor=timed, **options)
+    (first, begun), (last, ended) = times[0], times[-1]  # the first chunk compiles
+    rate = (last - first) / (ended - begun) if last > first else np.nan
+    save_arrays(output, run=samples.run, step=samples.step, rate=np.asarray(rate), **found)
 
 
 def tailored(
@@ -226,7 +238,7 @@ def tailored(
     checkpoint = output.with_suffix(".checkpoint")
     start = as_type(load_model(model), jnp.float32)
     trained, curve = fit(
-        start, samples, weights, training, dt=panda.DT, validation=validation, checkpoint=checkpoint, monitor=monitor,
+        start, samples, weights, training, validation=validation, checkpoint=checkpoint, monitor=monitor,
         after_epoch=after_epoch,
     )  # fmt: skip
     write_json(output.with_suffix(".json"), {"train": curve.train, "validation": curve.validation})

@@ -16,19 +16,20 @@ from scipy.stats import spearmanr
 
 from sartor.experiments import panda_stages as stages
 from sartor.experiments.panda_jobs import training_samples
-from sartor.experiments.panda_weights import closed_loop_labels, weights
+from sartor.experiments.panda_weights import WINDOW, closed_loop_labels, weights
 from sartor.files import load_arrays, save_arrays, write_json
 from sartor.labels import label
 from sartor.models.base import Theta
 from sartor.models.store import load_model
 from sartor.samples import Windows
+from sartor.sensitivity import trajectory_error
 from sartor.solution import RESULTS, guess
 from sartor.solvers.sqp import SQP
 from sartor.systems import panda
 from sartor.tracking import Loop, Tracker
 from sartor.train import mean_loss, rollout_loss
 
-STEPS = 40  # control steps that a branch runs on: the effect of one torque has died out by then
+STEPS = WINDOW  # control steps that a branch runs on
 EPS = 0.5  # [Nm]
 _KINDS = ("ones", "stand", "norm", "mpc_cost", "ours", "ours_avg", "regret", "closed_loop")
 
@@ -42,34 +43,40 @@ class Branches(NamedTuple):
     """(B, 7), d²J/du_t²."""
 
 
-def check(output: Path, model: Path, config: Any, monitor: Any) -> None:
-    """Job: slopes and curvatures at `config.truth` moments of the test episodes, and the labels there."""
+def moments(config: Any) -> list[int]:
+    """Control steps of the test episodes at which is branched."""
+    return np.linspace(15, config.steps - STEPS - 1, config.truth).astype(int).tolist()
+
+
+def truth_files(out: Path, config: Any) -> list[list[Path]]:
+    """Of each pretrained model, one file for each moment."""
+    return [[out / "truth" / f"model-{m}-{t}.npz" for t in moments(config)] for m in range(config.models)]
+
+
+def check(output: Path, model: Path, config: Any, moment: int, monitor: Any) -> None:
+    """Job: slopes and curvatures at one moment of the test episodes, and the labels there."""
     chosen = stages.runs("test", stages.TEST, config.tests, config.steps)
     robots, tracker = stages.plants(chosen.payloads), stages.controller("model", chosen.payloads, load_model(model))
-    moments = np.linspace(15, config.steps - STEPS - 1, config.truth).astype(int)
     x = robots.reset(np.concatenate([chosen.refs[:, 0, :7], np.zeros((len(robots), 7))], 1))
-    loop, found, seen = tracker.begin(jnp.asarray(x)), [], []
-    total = config.steps + len(moments) * STEPS
-    for t in range(config.steps):
-        if t in moments:
-            found.append(branches(robots, tracker, loop, x, chosen.refs[:, t:], t == 0))
+    loop, seen, total = tracker.begin(jnp.asarray(x)), [], moment + 3 * STEPS
+    found = None
+    for t in range(moment + STEPS):
+        if t == moment:
+            found = branches(robots, tracker, loop, x, chosen.refs[:, t:], t == 0)
         refs = chosen.refs[:, t : t + panda.HORIZON + 1]
         u, loop, step = tracker.control(loop, jnp.asarray(x), jnp.asarray(refs), t == 0)
         seen.append((x, np.asarray(step.context), refs))
         x = robots.step(np.asarray(u, float))
         loop = loop._replace(u=jnp.asarray(robots.us))
-        monitor(t + 1 + len(found) * STEPS, total)
-    labels, slopes = [], []
-    for t in moments:
-        part = [np.concatenate(values) for values in zip(*seen[t : t + STEPS], strict=True)]
-        these = _label_all(tracker, part, config.curvature)
-        these |= {"run": np.tile(np.arange(len(robots)), STEPS), "step": np.repeat(np.arange(STEPS), len(robots))}
-        labels.append({name: value[: len(robots)] for name, value in these.items()})
-        by_run = lambda values: values.reshape(STEPS, len(robots), -1).swapaxes(0, 1)
-        slopes.append(closed_loop_labels(these, by_run(part[0]), by_run(part[2][:, 0]))[: len(robots)])
-    stacked = {name: np.concatenate([part[name] for part in labels]) for name in labels[0]}
-    true = {name: np.concatenate([getattr(b, name) for b in found]) for name in Branches._fields}
-    save_arrays(output, S_closed_loop=np.concatenate(slopes), **stacked, **true)
+        monitor(t + 1, total)
+    part = [np.concatenate(values) for values in zip(*seen[moment:], strict=True)]
+    labels = _label_all(tracker, part, config.curvature)
+    where = {"run": np.tile(np.arange(len(robots)), STEPS), "step": np.repeat(np.arange(STEPS), len(robots))}
+    by_run = lambda values: values.reshape(STEPS, len(robots), -1).swapaxes(0, 1)
+    closed_loop = closed_loop_labels(labels | where, by_run(part[0]), by_run(part[2][:, 0]))
+    mine = {name: value[: len(robots)] for name, value in (labels | {"S_closed_loop": closed_loop}).items()}
+    assert found is not None
+    save_arrays(output, **mine, **found._asdict())
 
 
 def branches(robots: Any, tracker: Tracker, loop: Loop, x: np.ndarray, refs: np.ndarray, first: bool) -> Branches:
@@ -112,35 +119,22 @@ def _labels(tracker: Tracker, points: list, curvature: Any) -> dict[str, jax.Arr
         solver = SQP(curvature="gauss_newton", tol=1e-7)
         found = label(tracker.problem, Theta(tracker.model, z, r), x, solver=solver, guess=start, curvature=curvature)
         return {
-            "S": found.S, "du0_de": found.du0_de, "du0_dx0": found.du0_dx0, "dJ_du0": found.dJ_du0,
+            "S": found.S, "du0_de": found.du0_de, "du0_derror": trajectory_error(found.A, found.du0_de),
+            "du0_dx0": found.du0_dx0, "dJ_du0": found.dJ_du0,
             "Lambda": found.Lambda, "A": found.A[0], "B": found.B[0], "ok": found.result == RESULTS.successful,
         }  # fmt: skip
 
     return jax.vmap(one)(*points)
 
 
-def correlations(files: list[Path]) -> list[dict[str, Any]]:
-    """Rank correlations of labels with the truth, mean over pretrained models."""
+def correlations(files: list[list[Path]]) -> list[dict[str, Any]]:
+    """Rank correlations of labels with the truth, mean over pretrained models, each with its files."""
     rows: dict[tuple[str, str], list[dict]] = {}
-    for file in files:
-        data = load_arrays(file)
+    for of_model in files:
+        parts = [load_arrays(file) for file in of_model]
+        data = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         ok = data["ok"] & np.isfinite(data["slope"]).all(1)
-        data = {name: value[ok] for name, value in data.items()}
-        slope, sensitivity = data["slope"], data["du0_de"][:, :, 0, :7]  # of the first step's positions
-        diagonal = np.diagonal(data["Lambda"], axis1=1, axis2=2)
-        effective = 0.5 * sum(np.abs(slope + sign * 0.1 * data["curvature"]) for sign in (-1, 1))
-        true_curvature = np.maximum(data["curvature"], 0.0)[:, :, None] * np.eye(7)
-        pairs = {
-            ("Λ", "curvature"): (diagonal, data["curvature"]),
-            ("ours: |dJ/du|", "|slope|"): (data["dJ_du0"], np.abs(slope)),
-            ("ours: |dJ/du|", "effective slope"): (data["dJ_du0"], effective),
-            ("ours", "S of eq. 4"): (data["S"][:, 0, :7], np.abs(np.einsum("bj,bjx->bx", slope, sensitivity))),
-            ("closed_loop", "S of eq. 4"): (
-                data["S_closed_loop"][:, 0, :7], np.abs(np.einsum("bj,bjx->bx", slope, sensitivity))
-            ),
-            ("regret", "true regret"): (_regret(sensitivity, data["Lambda"]), _regret(sensitivity, true_curvature)),
-        }  # fmt: skip
-        for key, (estimate, true) in pairs.items():
+        for key, (estimate, true) in _compared({name: value[ok] for name, value in data.items()}).items():
             rows.setdefault(key, []).append(_ranks(estimate, true))
     mean = lambda found, key: float(np.mean([row[key] for row in found]))
     return [
@@ -150,18 +144,47 @@ def correlations(files: list[Path]) -> list[dict[str, Any]]:
     ]
 
 
-def _regret(sensitivity: np.ndarray, Lambda: np.ndarray) -> np.ndarray:
-    return np.sqrt(np.maximum(np.einsum("bix,bij,bjx->bx", sensitivity, Lambda, sensitivity), 0.0))
+def _compared(data: dict[str, np.ndarray]) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
+    """Estimates of labels and what they estimate, (B, 7), for errors of the first step's positions."""
+    slope, curvature, sensitivity = data["slope"], data["curvature"], data["du0_de"][:, :, 0, :7]
+    diagonal = np.diagonal(data["Lambda"], axis1=1, axis2=2)
+    effective = 0.5 * sum(np.abs(slope + sign * 0.1 * curvature) for sign in (-1, 1))
+    S_true = np.abs(np.einsum("bj,bjx->bx", slope, sensitivity))
+    S, terms = data["S"][:, 0, :7], data["dJ_du0"][:, :, None] * sensitivity
+    by_trajectory = np.einsum("bj,bjx->bx", data["dJ_du0"], data["du0_derror"][:, :, 0, :7])
+    shuffled = S[np.random.default_rng(0).permutation(len(S))]
+    estimates = {
+        "ours": S, "ours, sum of magnitudes": np.abs(terms).sum(1), "ours, trajectory error": np.abs(by_trajectory),
+        "ours_avg": np.broadcast_to(S.mean(0), S.shape), "ours_shuffled": shuffled,
+        "closed_loop": data["S_closed_loop"][:, 0, :7],
+    }  # fmt: skip
+    return {
+        ("Λ, diagonal", "curvature"): (diagonal, curvature),
+        ("ours: |dJ/du|", "|slope|"): (data["dJ_du0"], np.abs(slope)),
+        ("ours: |dJ/du|", "effective slope"): (data["dJ_du0"], effective),
+        ("regret, diagonal of Λ", "regret, true curvature"): (
+            _regret(sensitivity, diagonal), _regret(sensitivity, np.maximum(curvature, 0.0))
+        ),
+    } | {(name, "S of eq. 4"): (estimate, S_true) for name, estimate in estimates.items()}  # fmt: skip
+
+
+def _regret(sensitivity: np.ndarray, curvature: np.ndarray) -> np.ndarray:
+    """√(Σ_i curvature_i (du_0[i]/de)²): branches move one joint at a time and so tell no more than the diagonal."""
+    return np.sqrt(np.einsum("bix,bi->bx", sensitivity**2, curvature))
 
 
 def _ranks(estimate: np.ndarray, true: np.ndarray) -> dict[str, float]:
-    rank = lambda a, b: float(np.asarray(spearmanr(a, b))[0])
+    def rank(a: np.ndarray, b: np.ndarray) -> float:
+        return np.nan if np.ptp(a) == 0 or np.ptp(b) == 0 else float(np.asarray(spearmanr(a, b))[0])
+
+    def mean(estimate: np.ndarray, true: np.ndarray) -> float:
+        ranks = np.array([rank(a, b) for a, b in zip(estimate, true, strict=True)])
+        return float(ranks[np.isfinite(ranks)].mean()) if np.isfinite(ranks).any() else np.nan
+
+    overall = rank(estimate.ravel(), true.ravel())
     return {
-        "overall": rank(estimate.ravel(), true.ravel()),
-        "joints": float(np.nanmean([rank(a, b) for a, b in zip(estimate, true, strict=True)])),
-        "samples": float(np.nanmean([rank(a, b) for a, b in zip(estimate.T, true.T, strict=True)])),
-        "n": len(estimate),
-    }
+        "overall": overall, "joints": mean(estimate, true), "samples": mean(estimate.T, true.T), "n": len(estimate)
+    }  # fmt: skip
 
 
 def agreement(output: Path, files: tuple[Path, ...], models: Path, names: list[str], config: Any, monitor: Any) -> None:

@@ -26,6 +26,7 @@ Weighting = Literal[
     "ones", "stand", "norm", "mpc_cost", "ours", "ours_avg", "ours_shuffled", "stand_env", "regret", "regret_env",
     "closed_loop", "closed_loop_env",
 ]  # fmt: skip
+WINDOW = 40  # control steps: the effect of one torque has died out by then
 NEEDS_LABELS = ("ours", "ours_avg", "ours_shuffled", "regret", "regret_env", "closed_loop", "closed_loop_env")
 
 
@@ -83,12 +84,14 @@ def closed_loop_labels(
 ) -> np.ndarray:
     """|dJ/du_t · du_0/de| with the gradient of the recorded closed-loop cost instead of the MPC's own curvature.
 
-    A backward pass along each executed run, with the model's Jacobians A, B and the controller's feedback
-    K = du_0/dx_0 (what the controller remembers is left out):
+    J is the cost (7) of the `WINDOW` control steps after t, fewer at the end of a run: later ones would be far from
+    what Jacobians along the run can tell. A backward pass along it, with the model's Jacobians A, B and the
+    controller's feedback K = du_0/dx_0 (what the controller remembers is left out):
 
-        g_t = B_tᵀ p_{t+1},   p_t = 2 Q (x_t - r_t) + A_tᵀ p_{t+1} + K_tᵀ g_t
+        dJ/du_t = B_tᵀ p_{t+1},   p_s = 2 Q (x_s - r_s) + (A_s + B_s K_s)ᵀ p_{s+1},   p_{t+WINDOW+1} = 0
 
-    It takes every control step; A, B and K between two labels are those of the earlier one.
+    A, B and K between two labels are those of the earlier one. Samples without a label are passed over; theirs are
+    zero.
 
     Args:
         labels: Labels of some steps of runs, as `label_samples` gives them, with `run` and `step`.
@@ -96,18 +99,21 @@ def closed_loop_labels(
         refs: The reference there.
     """
     Q, S = np.asarray(panda.WEIGHTS), np.zeros_like(labels["S"])
-    A, B, K, du0_de = (np.nan_to_num(labels[name]) for name in ("A", "B", "du0_dx0", "du0_de"))
     for run in np.unique(labels["run"]):
-        which = np.flatnonzero(labels["run"] == run)
+        which = np.flatnonzero((labels["run"] == run) & labels["ok"])
         which = which[np.argsort(labels["step"][which])]
-        place = {int(step): i for step, i in zip(labels["step"][which], which, strict=True)}
-        steps, p = labels["step"][which], np.zeros(14)
-        for t in range(int(steps[-1]), int(steps[0]) - 1, -1):
-            i = which[np.searchsorted(steps, t, "right") - 1]
-            g = B[i].T @ p
-            p = 2.0 * Q * (xs[run][t] - refs[run][t]) + A[i].T @ p + K[i].T @ g
-            if t in place:
-                S[i] = np.abs(np.einsum("j,jkx->kx", g, du0_de[i]))
+        if not len(which):
+            continue
+        A, B, K, du0_de = (labels[name][which] for name in ("A", "B", "du0_dx0", "du0_de"))
+        A_cl = A + B @ K
+        steps, slope = labels["step"][which], 2.0 * Q * (xs[run] - refs[run])
+        p = np.zeros((len(which), 14))
+        for ahead in range(WINDOW, 0, -1):  # of all samples of the run together
+            s = steps + ahead
+            here = np.searchsorted(steps, s, "right") - 1
+            p = slope[np.minimum(s, len(slope) - 1)] + np.einsum("byx,by->bx", A_cl[here], p)
+            p[s >= len(slope)] = 0.0
+        S[which] = np.abs(np.einsum("bxj,bx,bjky->bky", B, p, du0_de))
     return S
 
 

@@ -1,4 +1,4 @@
-"""What is in a run folder: `config.json`, `metrics.json`, `episode.npz`; while it runs, `checkpoint.npz`."""
+"""What is noted in every run folder: versions, commit and device."""
 
 import os
 import platform
@@ -29,6 +29,7 @@ def _commit() -> str:
     try:
         subprocess.run([*git, "ls-files", "--error-unmatch", here.name], check=True, capture_output=True)
         found = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "."], capture_output=True).returncode
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return found.stdout.strip()
+    return found.stdout.strip() + (" with changes" if changed else "")

@@ -107,7 +107,7 @@ def protocols(rows: Columns) -> Figure | None:
 
 
 def capacity(rows: Columns) -> Figure | None:
-    """Cost over the size of the network, relative to `stand` at the published size."""
+    """Cost of other sizes of the networks, relative to `stand` with those of the main study."""
     p = headline_p(rows)
     arms = [arm for arm in tuned(rows, "capacity").get(p, []) if _has(rows, arm, Arm("stand", p))]
     if not arms:
@@ -121,13 +121,13 @@ def capacity(rows: Columns) -> Figure | None:
         x = np.array([sizes.index(arm.variant) for arm in mine]) + 0.06 * (i - 0.5 * (len(methods) - 1))
         found = [evaluate.ratio(rows, arm, Arm("stand", p)) for arm in mine]
         value, low, high = 100.0 * np.array([(f.value, f.low, f.high) for f in found]).T
-        rank = np.argsort(x)
-        ax.vlines(x, low, high, color=line(method)["color"], lw=1.4)
-        ax.plot(x[rank], value[rank], **line(method), marker="o", ms=5, label=method)
+        color = line(method)["color"]
+        ax.vlines(x, low, high, color=color, lw=1.4)
+        ax.plot(x, value, "o", color=color, ms=5, label=method)
     ax.axhline(100.0, color=_INK, lw=0.9)
     ax.set_xticks(range(len(sizes)), sizes)
     ax.set_xlabel("networks: hidden layers of inertia and potential, encoder")
-    ax.set_ylabel("cost, % of stand at the published size")
+    ax.set_ylabel("cost, % of stand as in the main study")
     fig.legend(loc="outside lower center", ncols=5)
     return fig
 

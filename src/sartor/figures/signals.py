@@ -41,7 +41,8 @@ def cost_map(maps: Mapping[str, np.ndarray]) -> Figure | None:
 
 def traces(arrays: Mapping[str, np.ndarray]) -> Figure | None:
     """Tracking errors of the joints over time in one environment."""
-    methods = [m for m in order([n[2:] for n in arrays if n.startswith("x_")]) if m != "nominal"][:4]
+    there = order([n[2:] for n in arrays if n.startswith("x_")])
+    methods = [m for m in there if m in ("pretrained", "stand", "ours", "oracle_damping")]
     if not methods:
         return None
     t, n = arrays["t"], arrays["reference"].shape[1] // 2

@@ -16,7 +16,7 @@ from sartor.report import _COLORS, _GRID, _INK
 
 METHODS = (
     "nominal", "pretrained", "oracle", "oracle_damping", "ones", "norm", "mpc_cost", "stand",
-    "stand_env", "ours", "ours_avg", "ours_shuffled", "regret", "closed_loop",
+    "stand_env", "ours", "ours_avg", "ours_shuffled", "regret", "regret_env", "closed_loop", "closed_loop_env",
 )  # fmt: skip
 """The order in which methods are shown."""
 PROTOCOLS: dict[Protocol, str] = {
@@ -36,7 +36,8 @@ _LINES = {
     "nominal": (MUSTARD, "-"), "pretrained": (GREY, "-"), "oracle": (_INK, ":"), "oracle_damping": (_INK, "-"),
     "ones": (GREY, "--"), "norm": (BLUE, "--"), "mpc_cost": (BLUE, ":"), "stand": (BLUE, "-"),
     "stand_env": (BLUE, "-."), "ours": (ORANGE, "-"), "ours_avg": (ORANGE, "--"), "ours_shuffled": (ORANGE, ":"),
-    "regret": (GREEN, "-"), "closed_loop": (PURPLE, "-"),
+    "regret": (GREEN, "-"), "regret_env": (GREEN, "-."), "closed_loop": (PURPLE, "-"),
+    "closed_loop_env": (PURPLE, "-."),
 }  # fmt: skip
 
 

@@ -28,7 +28,7 @@ def from_mujoco(mj_model: mujoco.MjModel) -> RigidBody:
             actuators are not read.
 
     Fails: `ValueError` for what (D11) does not hold: a free or ball joint, equality constraints, springs, dry
-        friction, gravity compensation, a fluid.
+        friction, actuators with armature or damping, gravity compensation, a fluid.
     """
     _check(mj_model)
     links: list[_Link] = []
@@ -128,6 +128,9 @@ def _check(m: mujoco.MjModel) -> None:
         "tendons with springs, dampers, friction or inertia; leave them out": any(
             np.any(getattr(m, f"tendon_{kind}", 0))
             for kind in ("stiffness", "stiffnesspoly", "damping", "dampingpoly", "frictionloss", "armature")
+        ),
+        "actuators with armature or damping of their own; write them as those of their joints": any(
+            np.any(getattr(m, f"actuator_{kind}", 0)) for kind in ("armature", "damping", "dampingpoly")
         ),
         "gravity compensation (gravcomp); set it to 0": np.any(m.body_gravcomp),
         "a fluid (density or viscosity of `option`); set both to 0": m.opt.density or m.opt.viscosity,
