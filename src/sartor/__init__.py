@@ -1,5 +1,6 @@
 """sartor: a differentiable MPC whose solutions and derivatives are right, and models tailored to it."""
 
+from sartor.data import Log as Log
 from sartor.kkt import LQ as LQ
 from sartor.labels import Label as Label
 from sartor.labels import action_gradient as action_gradient
@@ -14,6 +15,7 @@ from sartor.problem import Softening as Softening
 from sartor.problem import rollout as rollout
 from sartor.problem import total_cost as total_cost
 from sartor.riccati import lqr as lqr
+from sartor.samples import windows as windows
 from sartor.sensitivity import error_sensitivity as error_sensitivity
 from sartor.sensitivity import regularity as regularity
 from sartor.solution import RESULTS as RESULTS
@@ -26,3 +28,4 @@ from sartor.solve import solve as solve
 from sartor.solve import violations as violations
 from sartor.solvers.box_ddp import BoxDDP as BoxDDP
 from sartor.solvers.sqp import SQP as SQP
+from sartor.train import fit as fit

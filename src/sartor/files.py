@@ -84,13 +84,12 @@ def save_arrays(path: Path, **arrays: Any) -> None:
 
 def load_arrays(path: Path) -> dict[str, np.ndarray]:
     """Read what `save_arrays` wrote. Fails: `ValueError` that names a file that is torn or something else."""
-    try:
-        with Path(path).open("rb") as stream, np.load(stream) as file:
-            return dict(file)
-    except (zipfile.BadZipFile, EOFError, OSError, TypeError, ValueError) as error:  # TypeError: a plain .npy
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise ValueError(f"{path} cannot be read, it is torn or no .npz file ({error}): delete it.") from None
+    with Path(path).open("rb") as stream:  # a file that may not be opened is not torn
+        try:
+            with np.load(stream) as file:
+                return dict(file)
+        except (zipfile.BadZipFile, EOFError, OSError, TypeError, ValueError) as error:  # TypeError: a plain .npy
+            raise ValueError(f"{path} cannot be read, it is torn or no .npz file ({error}): delete it.") from None
 
 
 def save_tree(path: Path, tree: PyTree) -> None:
