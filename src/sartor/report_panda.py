@@ -68,7 +68,7 @@ def table(folder: Path) -> Table:
     for row in tables.rows_of(files["evaluations.parquet"]) if "evaluations.parquet" in files else ():
         s, baseline = row.summary, row.arm.method in BASELINES
         out.add_row(
-            row.arm.method if baseline else f"[bold]{row.arm.method}[/bold]\n[dim]p = {row.arm.p}[/dim]",
+            row.arm.method if baseline else f"[bold]{row.arm.method}[/bold]\n[dim]{row.arm.variant or _p(row)}[/dim]",
             *map(tables.half_width, row.ratios),
             f"{s['J']:.4g}\n{s['J_median']:.3g}",
             f"{1e3 * s['q_rmse']:.1f}\n{s['qd_rmse']:.3f}",
@@ -215,6 +215,10 @@ def _footnote(files: Files) -> str:
     without = f" {dropped} episodes without partner are left out." if dropped else ""
     counted = f"{runs} training{'s' if runs != 1 else ''}; effects below {detectable:.1%} cannot be told from none."
     return f"{counted}{few}{without} {rules}"
+
+
+def _p(row: tables.Row) -> str:
+    return f"p = {row.arm.p}"
 
 
 def _image(path: Path, alt: str) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 
 from sartor import evaluate, pairing
 from sartor.evaluate import Interval
-from sartor.figures.costs import headline_p, tuned
+from sartor.figures.costs import RECIPES, headline_p, tuned
 from sartor.figures.style import PROTOCOLS, order
 from sartor.pairing import BASELINES, Arm
 
@@ -33,18 +33,20 @@ class Row(NamedTuple):
 
 
 def rows_of(rows: pairing.Table) -> list[Row]:
-    """Baselines first, then by p, the order of methods as everywhere."""
+    """Baselines first, then by p, the order of methods as everywhere; then the recipe."""
     methods = [arm.method for arm in pairing.arms(rows) if arm.method in BASELINES]
     tailored = tuned(rows)
     stand = Arm("stand", headline_p(rows)) if tailored else None
-    arms = [*map(Arm, order(methods)), *(arm for of_p in tailored.values() for arm in of_p)]
-    return [row for arm in arms if (row := _row(rows, arm, stand if arm.method in BASELINES else "stand")) is not None]
+    recipe = [arm for study in RECIPES for of_p in tuned(rows, study).values() for arm in of_p]
+    arms = [*map(Arm, order(methods)), *(arm for of_p in tailored.values() for arm in of_p), *recipe]
+    base = lambda arm: stand if arm.method in BASELINES or arm in recipe else "stand"
+    return [row for arm in arms if (row := _row(rows, arm, base(arm))) is not None]
 
 
 def _row(rows: pairing.Table, arm: Arm, stand: Arm | str | None) -> Row | None:
     summary = attempt(evaluate.summary, rows, arm)
     ratios = [attempt(evaluate.ratio, rows, arm, stand, where=w) if stand else None for w in WHERE]
-    headroom = attempt(evaluate.headroom, rows, arm) if arm.method not in BASELINES else None
+    headroom = attempt(evaluate.headroom, rows, arm, stand) if arm.method not in BASELINES and stand else None
     return None if summary is None else Row(arm, ratios, headroom, summary)
 
 
@@ -55,7 +57,8 @@ def headline(rows: pairing.Table) -> Grid:
     body = []
     for arm, ratios, headroom, s in rows_of(rows):
         body.append([
-            arm.method, str(arm.p or ""), *map(percent, ratios), percent(headroom), f"{s['J']:.4g}",
+            ", ".join(filter(None, (arm.method, arm.variant))), str(arm.p or ""), *map(percent, ratios),
+            percent(headroom), f"{s['J']:.4g}",
             f"{s['J_median']:.3g}", f"{1e3 * s['q_rmse']:.2f}", f"{s['qd_rmse']:.3f}", f"{1e3 * s['ee_rmse']:.2f}",
             f"{s['saturated']:.1%}", f"{s['velocity_share']:.0%}", f"{s['unstable']:.0f} of {s['episodes']}",
             f"{s['failed']:.0f}",
@@ -79,9 +82,10 @@ def protocols(rows: pairing.Table) -> Grid:
 def studies(rows: pairing.Table) -> Grid:
     """What was varied beside the weighting, against `stand` of the main study, of the variant, and itself unvaried."""
     header = ["study", "weighting", "variant", "p", "validation: of stand", "test: of stand", "unsaturated",
-              "of stand, this variant", "of the weighting, main", "J median", "unstable", "runs"]  # fmt: skip
+              "head-room closed", "of stand, this variant", "of the weighting, main", "J median", "unstable",
+              "runs"]  # fmt: skip
     body = []
-    for study in (s for s in dict.fromkeys(rows["study"].tolist()) if s != "main"):
+    for study in (s for s in dict.fromkeys(rows["study"].tolist()) if s not in ("main", *RECIPES)):
         for arm in (arm for arms in tuned(rows, study).values() for arm in arms):
             s, stand = attempt(evaluate.summary, rows, arm), Arm("stand", arm.p)
             if s is None:
@@ -91,6 +95,7 @@ def studies(rows: pairing.Table) -> Grid:
             ratios = [attempt(evaluate.ratio, rows, arm, base, **options) for base, options in against]
             if arm.method == "stand":
                 ratios[3:] = [None, None]
+            ratios.insert(3, attempt(evaluate.headroom, rows, arm, stand))
             runs = len(pairing.costs(rows, arm))
             numbers = [f"{s['J_median']:.3g}", f"{s['unstable']:.0f} of {s['episodes']}", str(runs)]
             body.append([study, arm.method, arm.variant, str(arm.p), *map(percent, ratios), *numbers])

@@ -18,7 +18,7 @@ _SMOKE: dict[str, Any] = dict(
 _QUICK: dict[str, Any] = dict(
     models=1, seeds=1, weightings=("stand", "ours", "stand_env", "regret_env"), rollouts=(4,), steps=500,
     pretrain_payloads=60, pretrain_references=2, pretrain_epochs=30, finetune_payloads=30, kept=30, label_stride=5,
-    epochs=8, batch=256, tests=20, curvature="gauss_newton", anchor=10.0,
+    epochs=8, batch=256, tests=20, curvature="gauss_newton", anchor=10.0, studies=("recipe_quick",),
 )  # fmt: skip
 _PUBLISHED: tuple[Weighting, ...] = ("ones", "stand", "norm", "mpc_cost", "ours", "ours_avg")
 _PAPER: dict[str, Any] = dict(
@@ -27,7 +27,7 @@ _PAPER: dict[str, Any] = dict(
     others=(*_PUBLISHED, "ours_shuffled"),
     rollouts=(4, 1, 12), steps=500, pretrain_payloads=100, pretrain_references=2, pretrain_epochs=40,
     finetune_payloads=60, kept=30, label_stride=5, epochs=8, batch=256, tests=20, curvature="exact", anchor=3.0,
-    studies=("rounds", "alone", "capacity", "ablation"), validation=10, protocols=("stand", "ours"), truth=4,
+    studies=("rounds", "recipe", "alone", "capacity", "ablation"), validation=10, protocols=("stand", "ours"), truth=4,
 )  # fmt: skip
 _DEFAULT: dict[str, Any] = dict(others=(), studies=(), study_seeds=1, validation=0, protocols=(), truth=0)
 _PRESETS = {"smoke": _DEFAULT | _SMOKE, "quick": _DEFAULT | _QUICK, "paper": _DEFAULT | _PAPER}
@@ -114,7 +114,7 @@ class Config:
     studies: tuple[Study, ...] | None = None
     """What else is varied, at the first of `rollouts`."""
     study_seeds: int | None = None
-    """Fine-tuning runs of each variant and pretrained model; of the study `alone` there are as many as of the main."""
+    """Fine-tuning runs of each variant and pretrained model; of `alone` and `recipe` as many as of the main study."""
     truth: int | None = None
     """Moments of each test episode at which labels are checked by branching the closed loop; 0 for no check."""
     damping: float = 0.0

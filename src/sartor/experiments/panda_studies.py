@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
-Study = Literal["ablation", "alone", "capacity", "rounds"]
+Study = Literal["ablation", "alone", "capacity", "recipe", "recipe_quick", "rounds"]
 
 _BOTH = ("stand", "ours")
 VARIANTS: dict[str, list[tuple[str, tuple[str, ...], dict[str, Any]]]] = {
@@ -44,11 +44,13 @@ VARIANTS: dict[str, list[tuple[str, tuple[str, ...], dict[str, Any]]]] = {
         ("5 LSTMs of 10", _BOTH, {"hidden": 10, "num_layers": 5}),
         ("[60, 40]", _BOTH, {"widths": (60, 40)}),
     ],
+    "recipe": [("two rounds, 100 payloads", ("stand_env",), {"rounds": 2, "finetune_payloads": 100})],
+    "recipe_quick": [("two rounds", ("stand_env",), {"rounds": 2})],
     "rounds": [
         ("two rounds", ("stand", "ours", "stand_env", "regret"), {"rounds": 2}),
         ("one round, as many gradient steps as two", ("stand",), {"epochs": 21}),
         ("two rounds, dither", ("stand",), {"rounds": 2, "dither": 0.02}),
-        ("two rounds, 100 payloads", ("stand", "stand_env", "regret"), {"rounds": 2, "finetune_payloads": 100}),
+        ("two rounds, 100 payloads", ("stand", "regret"), {"rounds": 2, "finetune_payloads": 100}),
         (
             "two rounds, 100 payloads, anchor of 1",
             ("stand",),
@@ -62,7 +64,10 @@ VARIANTS: dict[str, list[tuple[str, tuple[str, ...], dict[str, Any]]]] = {
     ],
 }
 """By study: a name, the weightings, and the fields of the configuration that differ. In `alone` the weights act on the
-whole loss, as published; what else keeps the closed loop stable is that the inertia stays as pretrained."""
+whole loss, as published; what else keeps the closed loop stable is that the inertia stays as pretrained. The recipe is
+what had the lowest cost on the validation payloads of `rounds`; `recipe_quick` is the same with as little data as there
+is."""
+_OF_ALL_SEEDS = ("alone", "recipe")
 OF_MODEL = ("widths", "num_contexts", "hidden", "num_layers", "damping")
 OF_LABELS = ("curvature", "tau", "sensitivity")
 
@@ -129,7 +134,7 @@ def _main(config: Any, p: int) -> Iterator[Cell]:
 
 def _studies(config: Any) -> Iterator[Cell]:
     for study in config.studies:
-        for seed in range(config.seeds if study == "alone" else min(config.study_seeds, config.seeds)):
+        for seed in range(config.seeds if study in _OF_ALL_SEEDS else min(config.study_seeds, config.seeds)):
             for variant, methods, _ in VARIANTS[study]:
                 for model in range(config.models):
                     for method in methods:

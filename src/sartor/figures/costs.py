@@ -14,6 +14,8 @@ from sartor.pairing import Arm
 from sartor.report import _COLORS, _INK
 
 Columns = Mapping[str, np.ndarray]
+RECIPES = ("recipe", "recipe_quick")
+"""Studies that are shown beside the main one."""
 _MODEL_MARKERS = "osD^v"
 _FAR = 150.0  # percent of `stand` beyond which a number stands at the edge: one bad method must not hide the others
 
@@ -135,7 +137,7 @@ def capacity(rows: Columns) -> Figure | None:
 def studies(rows: Columns) -> Figure | None:
     """Ablations, rounds and amounts of data, each relative to `stand` of the main study."""
     p = headline_p(rows)
-    names = [s for s in dict.fromkeys(rows["study"].tolist()) if s not in ("main", "capacity")]
+    names = [s for s in dict.fromkeys(rows["study"].tolist()) if s not in ("main", "capacity", *RECIPES)]
     arms = [arm for s in names for arm in tuned(rows, s).get(p, []) if _has(rows, arm, Arm("stand", p))]
     if not arms:
         return None
