@@ -223,7 +223,7 @@ class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         if not task.speed:
             return Text("")
-        return Text(f"{task.speed:.0f}/s" if task.speed >= 3 else f"{60 * task.speed:.2g}/min")
+        return Text(f"{task.speed:.0f}/s" if task.speed >= 3 else f"{60 * task.speed:.1f}/min")
 
 
 def _progress(console: Console) -> Progress:
