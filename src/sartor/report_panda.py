@@ -31,6 +31,7 @@ _FILES = (
     "config.json", "environment.json", "evaluations.parquet", "curves.parquet", "labels.json", "maps.npz", "truth.json",
     "spectrum.npz", "traces.npz", "timing.json", "speed.json", "data.json", "finished.json",
 )  # fmt: skip
+_LARGE = ("traces", "spectrum")  # pictures that only the page has
 _CSS = """
 :root { color-scheme: light }
 body { font: 16px/1.5 system-ui, sans-serif; color: #1f2933; background: #fff; max-width: 68rem; margin: 0 auto;
@@ -127,7 +128,7 @@ def results_markdown(folders: list[Path], images: Path | None = None) -> str:
         if images is not None:
             images.mkdir(parents=True, exist_ok=True)
             drawn = _draw(folder, files)
-        for part in PARTS:
+        for part in (part for part in PARTS if part.name not in _LARGE):
             grid, missing = _grid(part, files)
             path, _ = drawn.get(part.name, (None, ""))
             if part.grid is None and path is None:
