@@ -84,7 +84,8 @@ def test_wrong_settings_are_named(fields, message):
 
 @pytest.mark.slow  # some minutes of compiling
 def test_rounds_protocols_and_the_truth_check(tmp_path, monkeypatch):
-    monkeypatch.setitem(VARIANTS, "rounds", VARIANTS["rounds"][:2])  # not that of 100 payloads
+    few = [variant for variant in VARIANTS["rounds"] if variant[0] in ("two rounds", "two rounds, dither")]
+    monkeypatch.setitem(VARIANTS, "rounds", few)
     config = panda.Config(
         preset="smoke", workers=2, validation=1, truth=1, protocols=("stand",), studies=("rounds",), study_seeds=1,
         epochs=2, steps=80, weightings=("stand", "ours", "stand_env", "regret_env", "closed_loop"),
@@ -97,6 +98,6 @@ def test_rounds_protocols_and_the_truth_check(tmp_path, monkeypatch):
     assert epochs == {1, 2}
     truth = json.loads((tmp_path / "truth.json").read_text())
     assert {"stand", "ours", "regret"} <= set(truth["predicts"])
-    assert all(-1.0 <= row[kind] <= 1.0 for row in truth["rows"] for kind in ("overall", "joints", "samples"))
+    assert all(-1.0 <= row[kind] <= 1.0 for row in truth["rows"] for kind in ("overall", "joints"))
     text = report_panda.page(tmp_path).read_text()
     assert "Truth check" in text and "two rounds" in text

@@ -1,5 +1,6 @@
 """Jobs on worker processes: what they leave behind, what they report, and what a failure leaves."""
 
+import jax.numpy as jnp
 import pytest
 
 from sartor.experiments.jobs import Job, Workers
@@ -9,6 +10,11 @@ def write(output, text, monitor):
     """Job: writes a file."""
     monitor(1, 2)
     output.write_text(text)
+
+
+def precision(output, monitor):
+    """Job: writes what JAX computes in."""
+    output.write_text(str(jnp.zeros(()).dtype))
 
 
 def fail(output, monitor):
@@ -26,6 +32,9 @@ def test_jobs_on_processes(tmp_path):
         assert [job.output.read_text() for job in jobs] == ["0", "1", "there already", "3"]
         assert seen[0] == ("write", 1.0, 4) and seen[-1] == ("write", 4.0, 4)
         assert times[-1]["write"] > 0
+
+        workers.run("precision", [Job(tmp_path / "dtype", precision)])
+        assert (tmp_path / "dtype").read_text() == str(jnp.zeros(()).dtype) == "float64"  # as here
 
         both = [Job(tmp_path / "bad", fail), Job(tmp_path / "good", write, ("5",))]
         with pytest.raises(ValueError, match="bad cannot be"):

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 Monitor = Callable[[str, float, float], None]
 """monitor(phase, done, total), in units of jobs."""
 
@@ -110,6 +112,7 @@ def _one_thread() -> Iterator[None]:
     before = dict(os.environ)
     os.environ["XLA_FLAGS"] = before.get("XLA_FLAGS", "") + _ONE_THREAD
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    os.environ["JAX_ENABLE_X64"] = str(int(jax.config.read("jax_enable_x64")))  # as here, however it was set
     try:
         yield
     finally:
