@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from sartor import evaluate, pairing, report_panda
+from sartor.figures import costs
 
 METHODS, ROLLOUTS = ("ones", "stand", "ours", "ours_avg", "regret"), (4, 12)
 GAIN = {"ones": 1.02, "stand": 1.0, "ours": 0.9, "regret": 1.1, "closed_loop": 0.93}
@@ -38,6 +39,7 @@ def evaluations(rng):
     studies += [("capacity", v, m, 4) for v in ("[8, 8]", "[16, 12]", "[30, 20]") for m in ("stand", "ours", "regret")]
     studies += [("ablation", "", m, 4) for m in ("ours:trajectory", "ours:gauss_newton", "ours:velocity")]
     studies += [("rounds", f"round {r}", m, 4) for r in (1, 2) for m in ("stand", "ours")]
+    studies += [("recipe", "two rounds", "stand_env", 4)]
     studies += [("data", v, m, 4) for v in ("half", "double") for m in ("stand", "ours")]
     for study, variant, method, p in studies:
         small = 1.25 if "8" in variant else 1.0
@@ -138,6 +140,17 @@ def test_every_figure_is_drawn(whole):
     paths = list(whole.glob("*.png"))
     assert {path.name for path in paths} == {f"{part.name}.png" for part in report_panda.PARTS if part.figure}
     assert all(path.stat().st_size > 10_000 for path in paths)
+
+
+def test_the_recipe_stands_below_the_weightings_of_its_p(whole):
+    rows = report_panda.load(whole)["evaluations.parquet"]
+    left, right = costs.bars(rows).axes
+    names = [label.get_text() for label in left.get_yticklabels()]
+    assert names[-1] == "stand_env,\ntwo rounds" and names[:-1] == list(METHODS)
+    found = evaluate.ratio(rows, pairing.Arm("stand_env", 4, "recipe", "two rounds"), pairing.Arm("stand", 4))
+    ends = [line.get_segments()[0] for line in left.collections]
+    assert any(np.allclose(e, [(100 * found.low, 5), (100 * found.high, 5)]) for e in ends)
+    assert not any(e[0][1] == 5 for e in (line.get_segments()[0] for line in right.collections))
 
 
 def test_the_page_holds_everything_and_needs_nothing(whole):

@@ -34,20 +34,27 @@ def headline_p(rows: Columns) -> int:
 
 
 def bars(rows: Columns) -> Figure | None:
-    """Cost relative to `stand` by weighting and p (the paper's Fig. 2), with intervals and every run as a mark."""
-    panels = {p: [arm for arm in arms if _has(rows, arm)] for p, arms in tuned(rows).items()}
+    """Cost relative to `stand` by weighting and p (the paper's Fig. 2), with intervals and every run as a mark.
+
+    The recipe stands below the weightings of its p.
+    """
+    recipes = [arm for study in RECIPES for of_p in tuned(rows, study).values() for arm in of_p]
+    panels = {p: [*arms, *(arm for arm in recipes if arm.p == p)] for p, arms in tuned(rows).items()}
+    panels = {p: [arm for arm in arms if _has(rows, arm, Arm("stand", p))] for p, arms in panels.items()}
     panels = {p: arms for p, arms in panels.items() if arms}
     if not panels:
         return None
-    methods = order([arm.method for arms in panels.values() for arm in arms])
-    fig, axes = _panels(len(panels), len(methods))
+    shown = [arm for arms in panels.values() for arm in arms]
+    names = order([arm.method for arm in shown if not arm.variant])
+    names += list(dict.fromkeys(_name(arm) for arm in shown if arm.variant))
+    fig, axes = _panels(len(panels), len(names))
     for ax, (p, arms) in zip(axes, panels.items(), strict=True):
         for arm in arms:
-            y = methods.index(arm.method)
-            _bar(ax, y, evaluate.ratio(rows, arm), line(arm.method)["color"])
+            y = names.index(_name(arm))
+            _bar(ax, y, evaluate.ratio(rows, arm, Arm("stand", p)), line(arm.method)["color"])
             _runs(ax, y, rows, arm)
         ax.set_title(f"p = {p}")
-    _percent_axes(axes, methods)
+    _percent_axes(axes, names)
     models = sorted({run[0] for arms in panels.values() for run in pairing.costs(rows, arms[0])})
     marks = [mark(_MODEL_MARKERS[i % 5], f"one seed, pretrained model {m}", fill="white") for i, m in enumerate(models)]
     fig.legend(handles=[*marks, Line2D([], [], color=_INK, label="95 % interval")], loc="outside lower center", ncols=4)
@@ -160,6 +167,11 @@ def _has(rows: Columns, arm: Arm, baseline: str | Arm = "stand", protocol: pairi
         return False
 
 
+def _name(arm: Arm) -> str:
+    """On an axis."""
+    return f"{arm.method},\n{arm.variant}" if arm.variant else arm.method
+
+
 def _saturated(rows: Columns) -> set[int]:
     try:
         return pairing.saturated_environments(rows)
@@ -191,7 +203,7 @@ def _point(ax: Axes, y: float, found: evaluate.Interval, color: str, marker: str
 
 def _runs(ax: Axes, y: float, rows: Columns, arm: Arm) -> None:
     """One mark for each run: geometric mean over environments."""
-    each = pairing.pairs(rows, arm, arm._replace(method="stand"))
+    each = pairing.pairs(rows, arm, Arm("stand", arm.p))
     percent = 100.0 * np.exp(np.log(each.values[0] / each.values[1]).mean(1))
     models = sorted({model for model, _ in each.runs})
     for (model, _), value, shift in zip(each.runs, percent, np.linspace(-0.2, 0.2, len(percent)), strict=True):
