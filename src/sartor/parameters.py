@@ -1,0 +1,69 @@
+"""Parameters that are positive or bounded: written as a free number behind a transform, so that no step leaves them.
+
+positive:  value = exp(raw)                                    a step of 0.01 in raw changes the value by 1 %
+bounded:   value = low + (high - low) σ(raw),  σ(raw) = 1/(1 + e^-raw)
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+
+class Positive(eqx.Module):
+    """A parameter above zero; `positive` makes one."""
+
+    raw: Float[Array, "*shape"]
+    """log of the value."""
+
+    @property
+    def value(self) -> Float[Array, "*shape"]:
+        """exp(raw)."""
+        return jnp.exp(self.raw)
+
+
+class Bounded(eqx.Module):
+    """A parameter between two numbers; `bounded` makes one."""
+
+    raw: Float[Array, "*shape"]
+    """logit of where the value lies between the bounds."""
+    low: float = eqx.field(static=True)
+    high: float = eqx.field(static=True)
+
+    @property
+    def value(self) -> Float[Array, "*shape"]:
+        """low + (high - low) σ(raw)."""
+        return self.low + (self.high - self.low) * jax.nn.sigmoid(self.raw)
+
+
+def positive(value: Any) -> Positive:
+    """A positive parameter that begins at `value` (a number or an array, all > 0)."""
+    value = _floating(value)
+    if not np.all(np.asarray(value) > 0):
+        raise ValueError(f"value must be positive, not {value}.")
+    return Positive(jnp.log(value))
+
+
+def bounded(value: Any, low: float, high: float) -> Bounded:
+    """A parameter that begins at `value` and stays within low..high, bounds excluded."""
+    value = _floating(value)
+    if not (low < high and np.isfinite(low) and np.isfinite(high)):
+        raise ValueError(f"low and high must be finite, low below high, not {low} and {high}.")
+    if not np.all((np.asarray(value) > low) & (np.asarray(value) < high)):
+        raise ValueError(f"value must lie between low = {low} and high = {high}, not at {value}.")
+    share = (value - low) / (high - low)
+    return Bounded(jnp.log(share) - jnp.log1p(-share), float(low), float(high))
+
+
+def values(theta: PyTree) -> PyTree:
+    """The same tree with numbers and arrays in the places of `positive` and `bounded` parameters."""
+    wrapped = lambda leaf: isinstance(leaf, Positive | Bounded)
+    return jax.tree.map(lambda leaf: leaf.value if wrapped(leaf) else leaf, theta, is_leaf=wrapped)
+
+
+def _floating(value: Any) -> Array:
+    value = jnp.asarray(value)
+    return value.astype(jnp.result_type(value, float))
