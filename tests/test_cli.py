@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from sartor import cli, report
+from sartor import cli, report_closed_loop
 from sartor.experiments import closed_loop
 
 
@@ -107,4 +107,4 @@ def test_figure_of_a_run_with_failures_that_are_not_finite(finished, tmp_path):
     ep["results"] = np.array(["non_finite", *ep["results"][1:]])
     ep["kkt_norms"][0] = np.nan
     np.savez(tmp_path / "episode.npz", **ep)
-    assert report.figure(tmp_path).stat().st_size > 10_000
+    assert report_closed_loop.figure(tmp_path).stat().st_size > 10_000

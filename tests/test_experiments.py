@@ -5,9 +5,10 @@ import json
 import pyarrow.parquet as pq
 import pytest
 
-from sartor import report_panda
+from sartor import report
 from sartor.experiments import panda
 from sartor.experiments.panda_studies import VARIANTS
+from sartor.report_panda import REPORT
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def test_labels_are_counted_and_explained(finished):
 
 def test_report_is_one_page(finished):
     out, _ = finished
-    page = report_panda.page(out)
+    page = report.page(REPORT, out)
     assert "stand" in page.read_text() and "http" not in page.read_text().split("<body>")[-1].replace("http-equiv", "")
 
 
@@ -99,5 +100,5 @@ def test_rounds_protocols_and_the_truth_check(tmp_path, monkeypatch):
     truth = json.loads((tmp_path / "truth.json").read_text())
     assert {"stand", "ours", "regret"} <= set(truth["predicts"])
     assert all(-1.0 <= row[kind] <= 1.0 for row in truth["rows"] for kind in ("overall", "joints"))
-    text = report_panda.page(tmp_path).read_text()
+    text = report.page(REPORT, tmp_path).read_text()
     assert "Truth check" in text and "two rounds" in text

@@ -14,11 +14,12 @@ ROOT = Path(sartor.__file__).parent
 ORDER = [
     {"problem"}, {"solution"}, {"kkt"}, {"riccati"}, {"sensitivity"}, {"solvers.base"},
     {"solvers.qp", "solvers.active_set"}, {"solvers.sqp", "solvers.box_ddp"}, {"solve"}, {"labels"}, {"mpc"}, {"files"},
+    {"parameters"}, {"descent"}, {"imitate"},
     {"models.spatial"}, {"models.rigid_body", "models.integrate"}, {"models.mjcf"}, {"models.base"},
     {"models.lagrangian"}, {"models.mlp"}, {"models.store"}, {"data"}, {"logs", "lerobot_meta"}, {"lerobot"},
     {"weights"}, {"samples"}, {"train"}, {"labelling"}, {"plant", "render"}, {"tracking"},
-    {"systems"}, {"pairing"}, {"evaluate"}, {"report"}, {"figures"}, {"tables"}, {"report_parts"}, {"report_panda"},
-    {"experiments"}, {"tailoring"}, {"cli"},
+    {"systems"}, {"pairing"}, {"evaluate"}, {"figures"}, {"report_closed_loop"}, {"tables"}, {"report"},
+    {"report_panda"}, {"experiments"}, {"tailoring"}, {"cli"},
 ]  # fmt: skip
 
 

@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from sartor import evaluate, pairing, report_panda
+from sartor import evaluate, pairing, report
 from sartor.figures import costs
+from sartor.report_panda import REPORT
 
 METHODS, ROLLOUTS = ("ones", "stand", "ours", "ours_avg", "regret"), (4, 12)
 GAIN = {"ones": 1.02, "stand": 1.0, "ours": 0.9, "regret": 1.1, "closed_loop": 0.93}
@@ -116,13 +117,13 @@ def whole(tmp_path_factory):
     for name, content in zip(("maps", "spectrum", "traces"), arrays(rng), strict=True):
         np.savez(folder / f"{name}.npz", **content)
     (folder / "clip.webp").write_bytes(b"RIFF")
-    report_panda.page(folder)
+    report.page(REPORT, folder)
     return folder
 
 
 def printed(folder, width=130):
     console = Console(width=width, file=io.StringIO())
-    console.print(report_panda.table(folder))
+    console.print(report.table(REPORT, folder))
     return console.file.getvalue()
 
 
@@ -130,7 +131,7 @@ def test_the_table_fits_a_terminal_and_holds_the_headline(whole):
     text = printed(whole, width=80)
     assert max(map(len, text.splitlines())) <= 80 and "…" not in text and "oracle_damping" in text
     assert text.index("nominal") < text.index("oracle_damping") < text.index("regret")
-    found = evaluate.ratio(report_panda.load(whole)["evaluations.parquet"], pairing.Arm("ours", 12))
+    found = evaluate.ratio(report.load(REPORT, whole)["evaluations.parquet"], pairing.Arm("ours", 12))
     line = text.splitlines()[text[: text.rindex(" ours ")].count("\n")]
     assert line.split()[1] == f"{100 * found.value:.1f}" and 0.85 < found.value < 0.95
     assert "4 trainings" in text and "0.5 rad/s" in text
@@ -138,12 +139,12 @@ def test_the_table_fits_a_terminal_and_holds_the_headline(whole):
 
 def test_every_figure_is_drawn(whole):
     paths = list(whole.glob("*.png"))
-    assert {path.name for path in paths} == {f"{part.name}.png" for part in report_panda.PARTS if part.figure}
+    assert {path.name for path in paths} == {f"{part.name}.png" for part in REPORT.parts if part.figure}
     assert all(path.stat().st_size > 10_000 for path in paths)
 
 
 def test_the_recipe_stands_below_the_weightings_of_its_p(whole):
-    rows = report_panda.load(whole)["evaluations.parquet"]
+    rows = report.load(REPORT, whole)["evaluations.parquet"]
     left, right = costs.bars(rows).axes
     names = [label.get_text() for label in left.get_yticklabels()]
     assert names[-1] == "stand_env,\ntwo rounds" and names[:-1] == list(METHODS)
@@ -158,14 +159,14 @@ def test_the_page_holds_everything_and_needs_nothing(whole):
     assert text.count("data:image/png;base64,") == len(list(whole.glob("*.png"))) and "data:image/webp;base64," in text
     assert not re.findall(r'(?:src|href)="(?!data:)', text) and "<script" not in text
     assert "Left out" not in text and "&lt;b&gt;&amp;" in text and "<b>" not in text
-    assert all(part.title in text for part in report_panda.PARTS)
+    assert all(part.title in text for part in REPORT.parts)
 
 
 def test_results_name_the_command_and_no_path_of_this_machine(whole):
-    text = report_panda.results_markdown([whole])
+    text = report.results_markdown([(REPORT, whole)])
     assert str(whole.parent) not in text and text.count("```sh\nuv run sartor run panda --preset smoke\n```") == 1
     tables = re.findall(r"\n(\|.*?)\n\n", text, re.S)
-    assert len(tables) == sum(part.grid is not None for part in report_panda.PARTS) and '| preset | "smoke" |' in text
+    assert len(tables) == sum(part.grid is not None for part in REPORT.parts) and '| preset | "smoke" |' in text
     assert all(len({row.count("|") for row in table.splitlines()}) == 1 for table in tables)
     assert text.count("From `evaluations.parquet` of") == 3
     assert "| ours | 0 | 10240 | 12 | 93.0% | 151 |" in text and "| pretrain | 204.5 | 32% |" in text
@@ -178,10 +179,10 @@ def copy(whole, folder, names):
 
 def test_what_is_missing_is_said_and_left_out(whole, tmp_path):
     copy(whole, tmp_path, [])
-    assert report_panda.figures(tmp_path) == [] and "No evaluations yet" in printed(tmp_path)
-    text = report_panda.page(tmp_path).read_text()
+    assert report.figures(REPORT, tmp_path) == [] and "No evaluations yet" in printed(tmp_path)
+    text = report.page(REPORT, tmp_path).read_text()
     assert "Left out: truth.json is missing." in text and "No clip" in text and "<img" not in text
-    assert "Left out: labels.json is missing." in report_panda.results_markdown([tmp_path])
+    assert "Left out: labels.json is missing." in report.results_markdown([(REPORT, tmp_path)])
 
 
 def evaluated(whole, folder, keep):
@@ -195,8 +196,8 @@ def test_a_run_that_has_only_begun_to_evaluate(whole, tmp_path):
     evaluated(whole, tmp_path, lambda rows: (rows["p"] == 0) | (rows["method"] == "ours"))
     text = printed(tmp_path)
     assert "pretrained" in text and "–" in text  # there is no stand to compare with
-    assert report_panda.figures(tmp_path) == []
-    assert "Left out: evaluations.parquet has nothing for this yet." in report_panda.page(tmp_path).read_text()
+    assert report.figures(REPORT, tmp_path) == []
+    assert "Left out: evaluations.parquet has nothing for this yet." in report.page(REPORT, tmp_path).read_text()
 
 
 def test_a_small_run_without_the_oracle(whole, tmp_path):
@@ -207,7 +208,7 @@ def test_a_small_run_without_the_oracle(whole, tmp_path):
         lambda r: (r["study"] == "main") & (r["model"] <= 0) & (r["seed"] <= 0) & np.isin(r["p"], (0, 4))
         & (r["split"] == "test") & np.isin(r["method"], ("pretrained", "stand", "ours")),
     )  # fmt: skip
-    assert {path.name for path in report_panda.figures(tmp_path)} == {"bars.png", "environments.png", "protocols.png"}
+    assert {path.name for path in report.figures(REPORT, tmp_path)} == {"bars.png", "environments.png", "protocols.png"}
     text = " ".join(printed(tmp_path).split())
     assert "1 training;" in text and "too narrow" in text and "nominal" not in text
 
@@ -219,7 +220,7 @@ def test_a_method_that_is_many_times_worse_is_drawn_too(whole, tmp_path):
     J = np.where(rows["method"] == "regret", 30.0 * rows["J"], rows["J"])
     table = table.set_column(table.column_names.index("J"), "J", pa.array(J)).filter(pa.array(rows["study"] == "main"))
     pq.write_table(table, tmp_path / "evaluations.parquet")
-    assert len(report_panda.figures(tmp_path)) == 3
+    assert len(report.figures(REPORT, tmp_path)) == 3
 
 
 @pytest.mark.parametrize("method", ["ours", "stand"])
@@ -231,7 +232,7 @@ def test_an_episode_that_diverged_is_in_the_table(method, whole, tmp_path):
     J = pa.array(np.where(hit & (rows["p"] == 4), np.inf, rows["J"]))
     table = table.set_column(table.column_names.index("J"), "J", J).filter(pa.array(rows["study"] == "main"))
     pq.write_table(table, tmp_path / "evaluations.parquet")
-    assert "inf" in printed(tmp_path) and "inf" in report_panda.page(tmp_path).read_text()
+    assert "inf" in printed(tmp_path) and "inf" in report.page(REPORT, tmp_path).read_text()
 
 
 def test_rows_that_are_there_twice_are_an_error_and_not_left_out(whole, tmp_path):
@@ -239,12 +240,12 @@ def test_rows_that_are_there_twice_are_an_error_and_not_left_out(whole, tmp_path
     table = pq.read_table(whole / "evaluations.parquet")
     pq.write_table(pa.concat_tables([table, table.slice(0, 1)]), tmp_path / "evaluations.parquet")
     with pytest.raises(ValueError, match="is there twice"):
-        report_panda.table(tmp_path)
+        report.table(REPORT, tmp_path)
 
 
 @pytest.mark.parametrize("content", [None, {"experiment": "closed_loop"}])
 def test_other_folders_are_refused(content, tmp_path):
     if content is not None:
         (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="holds no Panda run"):
-        report_panda.table(tmp_path)
+    with pytest.raises(ValueError, match="holds no run of panda"):
+        report.table(REPORT, tmp_path)

@@ -159,9 +159,10 @@ def _tailor(task: tailoring.Task, console: Console) -> None:
 
 
 def _write_markdown(command: Report, markdown: Path, console: Console) -> None:
-    from sartor import report_panda
+    from sartor import report
 
-    text = report_panda.results_markdown(list(command.folders), markdown.with_suffix(""))
+    runs = [(_report_of(_stored(folder)), folder) for folder in command.folders]
+    text = report.results_markdown(runs, markdown.with_suffix(""))
     markdown.write_text(text, encoding="utf-8")
     console.print("tables:", escape(str(markdown)), soft_wrap=True)
 
@@ -242,16 +243,24 @@ def _progress(console: Console) -> Progress:
 
 
 def _report(folder: Path, console: Console) -> None:
-    if isinstance(_stored(folder), panda.Config):
-        from sartor import report_panda
+    from sartor import report, report_closed_loop
 
-        console.print(report_panda.table(folder))
-        console.print("report:", escape(str(report_panda.page(folder))), soft_wrap=True)
+    config = _stored(folder)
+    if isinstance(config, closed_loop.Config):
+        console.print(report_closed_loop.table(folder))
+        console.print("figure:", escape(str(report_closed_loop.figure(folder))), soft_wrap=True)
         return
-    from sartor import report
+    console.print(report.table(_report_of(config), folder))
+    console.print("report:", escape(str(report.page(_report_of(config), folder))), soft_wrap=True)
 
-    console.print(report.table(folder))
-    console.print("figure:", escape(str(report.figure(folder))), soft_wrap=True)
+
+def _report_of(config: Any) -> Any:
+    """What is shown of an experiment. Imported here: matplotlib and pyarrow take a second that most commands save."""
+    from sartor.report_panda import REPORT
+
+    if isinstance(config, closed_loop.Config):
+        raise ValueError("a closed loop has a figure, but no tables for a text: leave its folder out of --markdown.")
+    return REPORT
 
 
 def _list(console: Console) -> None:

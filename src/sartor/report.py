@@ -1,153 +1,227 @@
-"""Run folders to tables and figures; reads files only."""
+"""Run folders, finished or not, to tables, figures, one HTML page and the text of docs/results.md; reads only.
 
+What an experiment's report shows is a `Report`; what has no data yet is left out, with one line that says what is
+missing.
+"""
+
+import base64
+import html
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.gridspec import SubplotSpec
+import pyarrow.parquet
 from rich.table import Table
 
-_INK, _GRID, _ALARM = "#1f2933", "#d9dee4", "#c0392b"
-_COLORS = ("#1b6ca8", "#e07b39", "#3c8d5a", "#8e5ea2", "#b8860b", "#5f6b7a")
+from sartor import tables
+from sartor.figures.style import styled
+from sartor.pairing import columns
+
+Files = dict[str, Any]
+_READ: dict[str, Callable[[Path], Any]] = {
+    ".json": lambda path: json.loads(path.read_text()),
+    ".npz": lambda path: dict(np.load(path)),
+    ".parquet": lambda path: columns(pyarrow.parquet.read_table(path)),
+}
+_ALWAYS = ("config.json", "environment.json", "timing.json", "finished.json")
+_CSS = """
+:root { color-scheme: light }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1f2933; background: #fff; max-width: 68rem; margin: 0 auto;
+       padding: 1rem }
+h1 { font-size: 1.5rem; line-height: 1.25 } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem }
+p { max-width: 46rem; margin: .4rem 0 } img { max-width: 100%; height: auto; display: block; margin: .6rem 0 }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .85rem; white-space: nowrap }
+th, td { padding: .25rem .7rem .25rem 0; text-align: right; border-bottom: 1px solid #d9dee4 }
+th:first-child, td:first-child { text-align: left } th { border-bottom: 2px solid #5f6b7a; vertical-align: bottom }
+code { font-size: .85em; background: #f3f5f7; padding: .1em .3em; overflow-wrap: anywhere }
+details td:last-child { text-align: left; white-space: normal }
+.missing { color: #5f6b7a; font-size: .9rem }
+"""
 
 
-class Run(NamedTuple):
-    """A finished run."""
+class Part(NamedTuple):
+    """A section of a report: a table, a figure, or both, from one file."""
 
-    config: dict[str, Any]
-    metrics: dict[str, Any]
-    episode: dict[str, np.ndarray]
-
-
-def load(folder: Path) -> Run:
-    """Read a run folder. Fails: `ValueError` if the run has not finished."""
-    missing = [n for n in ("config.json", "metrics.json", "episode.npz") if not (folder / n).exists()]
-    if missing:
-        raise ValueError(f"{folder} holds no finished run: {', '.join(missing)} missing.")
-    with np.load(folder / "episode.npz") as file:
-        episode = dict(file)
-    config, metrics = (json.loads((folder / name).read_text()) for name in ("config.json", "metrics.json"))
-    return Run(config, metrics, episode)
+    name: str
+    title: str
+    source: str
+    text: str
+    grid: Callable[[Any], tables.Grid] | None = None
+    figure: Callable[[Any], Any] | None = None
+    large: bool = False
+    """Only on the page, not in the text."""
 
 
-def table(folder: Path) -> Table:
-    """The metrics of a run, for people."""
-    config, m, _ = load(folder)
-    mode = "real-time iteration" if config["real_time"] else "solved until converged"
-    out = Table(title=f"{config['system']}: closed loop, {mode}", title_justify="left", show_header=False)
-    out.add_column(style="bold")
-    out.add_column(justify="right")
-    failures = ", ".join(f"{name}: {count}" for name, count in m["failures"].items())
-    out.add_row("control steps", f"{m['num_steps']} ({m['num_steps'] * m['dt']:.2f} s)")
-    out.add_row("horizon", f"{config['horizon']} ({config['horizon'] * m['dt']:.2f} s)")
-    out.add_row("cost", f"{m['cost']:.6g}")
-    out.add_row("distance to the goal at the end", f"{m['final_error']:.3g}")
-    out.add_row("failed solves", f"{m['failed_share']:.1%}" + (f" ({failures})" if failures else ""))
-    out.add_row("solver steps: median, max", f"{m['median_steps']:g}, {m['max_steps']}")
-    out.add_row("KKT residual: max", f"{m['max_kkt_norm']:.1e}")
-    out.add_row("time per control step: median, 99 %", f"{1e3 * m['median_time']:.2f}, {1e3 * m['p99_time']:.2f} ms")
-    out.add_row("compile and cold start", f"{m['compile_time']:.1f} s")
-    out.add_row("device", m["device"])
+class Report(NamedTuple):
+    """What is shown of an experiment."""
+
+    experiment: str
+    """As `config.json` names it."""
+    title: str
+    parts: tuple[Part, ...]
+    glossary: tables.Grid
+    """What its words mean."""
+    table: Callable[[Files], Table]
+    """The headline, for people at a terminal."""
+    footnote: Callable[[Files], str] = lambda files: ""
+    """What a reader has to know of the numbers."""
+    clip: str = ""
+    """A moving picture in the run folder, and what it shows."""
+
+
+def load(report: Report, folder: Path) -> Files:
+    """What there is of a run, by file name. Fails: `ValueError` if it is the folder of something else."""
+    names = dict.fromkeys((*_ALWAYS, *(part.source for part in report.parts)))
+    found = {name: _READ[Path(name).suffix](folder / name) for name in names if (folder / name).exists()}
+    if found.get("config.json", {}).get("experiment") != report.experiment:
+        raise ValueError(
+            f'{folder} holds no run of {report.experiment}: config.json with "experiment": "{report.experiment}" is'
+            " missing."
+        )
+    return found
+
+
+def table(report: Report, folder: Path) -> Table:
+    """The headline of a run, for people at a terminal."""
+    files = load(report, folder)
+    out = report.table(files)
+    out.title, out.title_justify = title(report, files), "left"
     return out
 
 
-def figure(folder: Path) -> Path:
-    """Draw states, controls with bounds, and what the solver did, over time; returns the path of the file."""
-    config, metrics, ep = load(folder)
-    states, controls = _by_unit(metrics["states"]), _by_unit(metrics["controls"])
-    rows = max(len(states), len(controls) + 2)
-    fig = Figure(figsize=(11.0, 1.0 + 1.75 * rows), layout="constrained")
-    columns = fig.add_gridspec(1, 2)
-    left, right = _column(fig, columns[0], len(states)), _column(fig, columns[1], len(controls) + 2)
-    times = metrics["dt"] * np.arange(len(ep["xs"]))
-    for ax, (unit, indices) in zip(left, states.items(), strict=True):
-        _lines(ax, times, ep["xs"], metrics["states"], indices, unit)
-    for ax, (unit, indices) in zip(right, controls.items(), strict=False):
-        _lines(
-            ax,
-            times,
-            np.concatenate([ep["us"], ep["us"][-1:]]),
-            metrics["controls"],
-            indices,
-            unit,
-            steps=True,
-        )
-        _bounds(ax, [metrics[name][i] for name in ("u_min", "u_max") for i in indices])
-    _residuals(right[-2], times[:-1], ep)
-    _solver_steps(right[-1], times[:-1], metrics["dt"], ep)
-    for axes in (left, right):
-        _tidy(fig, axes)
-    fig.suptitle(f"{config['system']} in closed loop", x=0.01, ha="left", weight="bold", color=_INK)
-    fig.savefig(folder / "episode.png", dpi=150)
-    return folder / "episode.png"
+def figures(report: Report, folder: Path) -> list[Path]:
+    """Draw what there is data for, as PNG files in the folder; returns their paths."""
+    return [path for path, _ in _draw(report, folder, load(report, folder)).values() if path is not None]
 
 
-def _column(fig: Figure, place: SubplotSpec, count: int) -> list[Axes]:
-    """Axes one below the other, with one time axis."""
-    grid = place.subgridspec(count, 1)
-    first = fig.add_subplot(grid[0])
-    axes = [first, *(fig.add_subplot(grid[i], sharex=first) for i in range(1, count))]
-    for ax in axes[:-1]:
-        ax.tick_params(labelbottom=False)
-    return axes
+def page(report: Report, folder: Path) -> Path:
+    """Write `report.html`: tables, figures and clip in one file that needs nothing else."""
+    files = load(report, folder)
+    drawn = _draw(report, folder, files)
+    sections = [f"<details><summary>What the words mean</summary>{tables.as_html(report.glossary)}</details>"]
+    for part in report.parts:
+        grid, missing = _grid(part, files)
+        path, no_figure = drawn.get(part.name, (None, ""))
+        sections.append(f"<h2>{html.escape(part.title)}</h2>")
+        if missing or (no_figure and part.grid is None):
+            sections.append(f'<p class="missing">{html.escape(missing or no_figure)}</p>')
+            continue
+        sections.append(f"<p>{html.escape(part.text)}</p>")
+        sections += [tables.as_html(grid)] if grid is not None else []
+        sections += [_image(path, part.title)] if path is not None else []
+        sections += [f'<p class="missing">{html.escape(no_figure)}</p>'] if no_figure else []
+    sections.append(f"<h2>Settings</h2>{tables.as_html(_settings(files))}")
+    heading, command, versions = (html.escape(t) for t in (title(report, files), _command(files), _versions(files)))
+    head = f"<h1>{heading}</h1><p>Made by <code>{command}</code>. {versions}</p>"
+    body = head + f"<p>{html.escape(report.footnote(files))}</p>" + _clip(report, folder) + "\n".join(sections)
+    meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    out = folder / "report.html"
+    text = f'<!doctype html><html lang="en"><head>{meta}<title>{heading}</title><style>{_CSS}</style>'
+    out.write_text(f"{text}</head><body>{body}</body></html>\n", encoding="utf-8")
+    return out
 
 
-def _by_unit(names: list[str]) -> dict[str, list[int]]:
-    """Indices of the names "symbol [unit]" that share a unit, in order."""
-    groups: dict[str, list[int]] = {}
-    for i, name in enumerate(names):
-        groups.setdefault(name[name.index("[") + 1 : -1], []).append(i)
-    return groups
+def results_markdown(runs: list[tuple[Report, Path]], images: Path | None = None) -> str:
+    """The text of docs/results.md: the tables of some runs, each with the command and the file it comes from.
+
+    Args:
+        runs: The run folders and what to show of them.
+        images: A folder beside the text for the figures, which are linked then.
+    """
+    lines = ["# Results", "", "Written by `sartor report` from run folders; not edited by hand.", ""]
+    told: list[str] = []
+    for report, folder in runs:
+        if report.experiment not in told:
+            told.append(report.experiment)
+            lines += [f"## {report.title}: what the words mean", ""]
+            lines += [*(f"* **{word}**: {meaning}" for word, meaning in report.glossary.rows), ""]
+        lines += _text_of_run(report, folder, images)
+    return "\n".join(lines).rstrip() + "\n"
 
 
-def _lines(
-    ax: Axes,
-    times: np.ndarray,
-    values: np.ndarray,
-    names: list[str],
-    indices: list[int],
-    unit: str,
-    steps: bool = False,
-) -> None:
-    for color, i in zip(_COLORS, indices, strict=False):
-        label, where = names[i].split(" [")[0], "steps-post" if steps else "default"
-        ax.plot(times, values[:, i], color=color, lw=1.6, label=label, drawstyle=where)
-    ax.set_ylabel(f"[{unit}]" if unit != "-" else "")
-    ax.legend(loc="upper right", ncols=len(indices), fontsize=8, frameon=False, handlelength=1.2, columnspacing=1.0)
-    ax.margins(y=0.25)
+def title(report: Report, files: Files) -> str:
+    """Title, preset, and whether the run has finished."""
+    unfinished = "" if "finished.json" in files else " (not finished: what there is so far)"
+    return f"{report.title}, preset {files['config.json'].get('preset', '?')}{unfinished}"
 
 
-def _bounds(ax: Axes, bounds: list[float]) -> None:
-    for bound in {b for b in bounds if np.isfinite(b)}:
-        ax.axhline(bound, color=_INK, lw=0.9, ls=(0, (4, 3)))
+def _text_of_run(report: Report, folder: Path, images: Path | None) -> list[str]:
+    files, drawn = load(report, folder), {}
+    command = _command(files)
+    lines = [f"## {title(report, files)}", "", f"```sh\n{command}\n```", "", _versions(files), ""]
+    lines += [report.footnote(files), ""] if report.footnote(files) else []
+    if images is not None:
+        images.mkdir(parents=True, exist_ok=True)
+        drawn = _draw(report, folder, files)
+    for part in (part for part in report.parts if not part.large):
+        grid, missing = _grid(part, files)
+        path, _ = drawn.get(part.name, (None, ""))
+        if part.grid is None and path is None:
+            continue
+        lines += [f"### {part.title}", "", missing or part.text, ""]
+        lines += [*tables.as_markdown(grid), "", f"From `{part.source}` of `{command}`.", ""] if grid else []
+        if path is not None and images is not None:
+            name = f"{report.experiment}-{files['config.json'].get('preset', 'run')}-{path.name}"
+            (images / name).write_bytes(path.read_bytes())
+            lines += [f"![{part.title}]({images.name}/{name})", ""]
+    return [*lines, "### Settings", "", *tables.as_markdown(_settings(files)), ""]
 
 
-def _residuals(ax: Axes, times: np.ndarray, ep: dict[str, np.ndarray]) -> None:
-    norms = np.maximum(ep["kkt_norms"], 1e-17)
-    failed = ep["results"] != "successful"
-    ax.semilogy(times, norms, ".", ms=4, color=_COLORS[0], label="KKT residual")
-    if failed.any():
-        shown = np.where(np.isfinite(norms), norms, 1.0)
-        ax.semilogy(times[failed], shown[failed], "x", ms=6, color=_ALARM, label="solve failed")
-    ax.legend(loc="upper right", ncols=2, fontsize=8, frameon=False)
-    ax.margins(y=0.25)
+def _settings(files: Files) -> tables.Grid:
+    content = {name: value for name, value in files["config.json"].items() if name != "command"}
+    return tables.Grid(["setting", "value"], [[name, json.dumps(value)] for name, value in content.items()])
 
 
-def _solver_steps(ax: Axes, times: np.ndarray, dt: float, ep: dict[str, np.ndarray]) -> None:
-    ax.bar(times, ep["num_steps"], width=0.8 * dt, color=_COLORS[5], label="solver steps")
-    ax.legend(loc="upper right", fontsize=8, frameon=False)
-    ax.margins(y=0.25)
+def _draw(report: Report, folder: Path, files: Files) -> dict[str, tuple[Path | None, str]]:
+    """By name of the part: the path of its figure, or why there is none."""
+    out: dict[str, tuple[Path | None, str]] = {}
+    with styled():
+        for part in (part for part in report.parts if part.figure is not None):
+            path = folder / f"{part.name}.png"
+            fig = part.figure(files[part.source]) if part.source in files and part.figure is not None else None
+            if fig is None:
+                out[part.name] = (None, _missing(part, files))
+            else:
+                fig.savefig(path)
+                out[part.name] = (path, "")
+    return out
 
 
-def _tidy(fig: Figure, axes: list[Axes]) -> None:
-    for ax in axes:
-        ax.grid(color=_GRID, lw=0.6)
-        ax.set_axisbelow(True)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.tick_params(colors=_INK, labelsize=8)
-        ax.margins(x=0.01)
-    axes[-1].set_xlabel("time [s]")
-    fig.align_ylabels(axes)
+def _grid(part: Part, files: Files) -> tuple[tables.Grid | None, str]:
+    """The table of a part, or None and why there is none."""
+    if part.grid is None:
+        return None, ""
+    grid = part.grid(files[part.source]) if part.source in files else None
+    return (grid, "") if grid is not None and grid.rows else (None, _missing(part, files))
+
+
+def _missing(part: Part, files: Files) -> str:
+    reason = "has nothing for this yet" if part.source in files else "is missing"
+    return f"Left out: {part.source} {reason}."
+
+
+def _command(files: Files) -> str:
+    config = files["config.json"]
+    return config.get("command") or f"uv run sartor run {config['experiment']} --preset {config.get('preset', 'quick')}"
+
+
+def _versions(files: Files) -> str:
+    return ", ".join(f"{k} {v}" for k, v in files.get("environment.json", {}).items())
+
+
+def _image(path: Path, alt: str) -> str:
+    kind = path.suffix.removeprefix(".")
+    return (
+        f'<img alt="{html.escape(alt)}" src="data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}">'
+    )
+
+
+def _clip(report: Report, folder: Path) -> str:
+    if not report.clip:
+        return ""
+    path = folder / "clip.webp"
+    if not path.exists():
+        return '<p class="missing">No clip: clip.webp is missing (it takes MuJoCo with OpenGL).</p>'
+    return f"<p>{html.escape(report.clip)}</p>" + _image(path, "clip")

@@ -1,64 +1,150 @@
-"""A Panda run folder, finished or not, to tables, figures, one HTML page and the text of docs/results.md; reads only.
-
-What has no data yet is left out, with one line that says what is missing.
-"""
-
-import base64
-import html
-import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+"""What the report of a Panda run shows, in order, and what its words mean."""
 
 import numpy as np
-import pyarrow.parquet
 from rich import box
 from rich.table import Table
 
 from sartor import evaluate, pairing, tables
-from sartor.figures import costs
-from sartor.figures.style import styled
+from sartor.figures import costs, signals
 from sartor.pairing import BASELINES
-from sartor.report_parts import GLOSSARY, PARTS, Part
+from sartor.report import Files, Part, Report
 
-Files = dict[str, Any]
-_READ: dict[str, Callable[[Path], Any]] = {
-    ".json": lambda path: json.loads(path.read_text()),
-    ".npz": lambda path: dict(np.load(path)),
-    ".parquet": lambda path: pairing.columns(pyarrow.parquet.read_table(path)),
-}
-_FILES = (
-    "config.json", "environment.json", "evaluations.parquet", "curves.parquet", "labels.json", "maps.npz", "truth.json",
-    "spectrum.npz", "traces.npz", "timing.json", "speed.json", "data.json", "finished.json",
+_GLOSSARY = tables.Grid(
+    ["word", "meaning"],
+    [
+        ["J", "tracking cost of an episode, eq. (7) of the paper: weighted squared errors of positions and speeds"],
+        ["p", "steps that the model predicts ahead in the training loss"],
+        ["ones, stand, norm, mpc_cost", "errors count alike; over their standard deviation; over their range; as in "
+         "the cost of the MPC"],
+        ["ours", "errors count as sensitivities say: |Σ dJ/du · du/de| of the MPC at each sample, eqs. (3) to (6)"],
+        ["ours_avg, ours_shuffled", "the mean of these labels over all samples; those of another sample"],
+        ["regret", "Λ^½ du/de, with Λ the Hessian of the MPC's cost in its first control: a matrix weight"],
+        ["closed_loop", "as ours, with the gradient of the recorded closed-loop cost for dJ/du"],
+        ["..._env", "each sample also over the error of its environment (payload) before training"],
+        ["nominal, pretrained", "the MPC with the robot as its maker describes it; with the model before fine-tuning"],
+        ["oracle, oracle_damping", "the MPC with the true payload; with the true payload and joint damping"],
+        ["anchor", "weight of an inverse-dynamics loss beside the weighted one: an anchor of 3 leaves the weighting a "
+         "quarter of the loss at the beginning, see docs/panda.md"],
+        ["q, qd, e.e.", "root mean square error of joint positions and speeds, and of the end effector's position"],
+        ["explained by the mean map", "share of the labels' energy that does not depend on the sample"],
+    ],
 )  # fmt: skip
-_LARGE = ("traces", "spectrum")  # pictures that only the page has
-_CSS = """
-:root { color-scheme: light }
-body { font: 16px/1.5 system-ui, sans-serif; color: #1f2933; background: #fff; max-width: 68rem; margin: 0 auto;
-       padding: 1rem }
-h1 { font-size: 1.5rem; line-height: 1.25 } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem }
-p { max-width: 46rem; margin: .4rem 0 } img { max-width: 100%; height: auto; display: block; margin: .6rem 0 }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .85rem; white-space: nowrap }
-th, td { padding: .25rem .7rem .25rem 0; text-align: right; border-bottom: 1px solid #d9dee4 }
-th:first-child, td:first-child { text-align: left } th { border-bottom: 2px solid #5f6b7a; vertical-align: bottom }
-code { font-size: .85em; background: #f3f5f7; padding: .1em .3em; overflow-wrap: anywhere }
-details td:last-child { text-align: left; white-space: normal }
-.missing { color: #5f6b7a; font-size: .9rem }
-"""
 
 
-def load(folder: Path) -> Files:
-    """What there is of a run, by file name. Fails: `ValueError` if it is not the folder of a Panda run."""
-    found = {name: _READ[Path(name).suffix](folder / name) for name in _FILES if (folder / name).exists()}
-    if found.get("config.json", {}).get("experiment") != "panda":
-        raise ValueError(f'{folder} holds no Panda run: config.json with "experiment": "panda" is missing.')
-    return found
+_PARTS = (
+    Part(
+        "bars",
+        "Closed-loop cost by weighting",
+        "evaluations.parquet",
+        "Cost of eq. (7) in percent of stand, last epoch: geometric mean over pairs of the same run and environment, "
+        "with 95 % bootstrap intervals over pretrained models, their seeds, and environments. An interval that "
+        "contains 100 shows no difference. Head-room: the share of the way from stand to the controller that knows "
+        "payload and damping. Velocities in J: median share of the velocity errors in the cost; much more than that of "
+        "oracle_damping points to a limit cycle.",
+        tables.headline,
+        costs.bars,
+    ),
+    Part(
+        "environments",
+        "Environment by environment",
+        "evaluations.parquet",
+        "The same ratios in each held-out environment: red costs more than stand, blue less.",
+        figure=costs.environments,
+    ),
+    Part(
+        "protocols",
+        "Three ways to choose the epoch",
+        "evaluations.parquet",
+        "Last epoch: nothing is selected. Best on validation: selected on other payloads. Top five: selected on the "
+        "test metric itself, as the paper's top five are, and therefore optimistic; one choice of five epochs for all "
+        "runs of a weighting. Beside them the paper's ratios of eq. (7). A dash: only the last epoch was tested.",
+        tables.protocols,
+        costs.protocols,
+    ),
+    Part(
+        "traces",
+        "Tracking errors",
+        "traces.npz",
+        "One held-out environment, the same reference for all.",
+        figure=signals.traces,
+        large=True,
+    ),
+    Part(
+        "spectrum",
+        "Spectrum of the velocity error",
+        "spectrum.npz",
+        "A peak is a limit cycle of controller, context and arm rather than a tracking error.",
+        figure=signals.spectrum,
+        large=True,
+    ),
+    Part(
+        "cost_map",
+        "Cost map",
+        "maps.npz",
+        "Mean label over the samples: how much a prediction error in a state matters, step by step.",
+        figure=signals.cost_map,
+    ),
+    Part(
+        "labels",
+        "Labels",
+        "labels.json",
+        "If the mean map explains nearly all of a label's energy, its weights hardly depend on the sample.",
+        tables.labels,
+    ),
+    Part(
+        "truth",
+        "Truth check",
+        "truth.json",
+        "Rank correlation of labels with what they estimate, measured by branching the simulated closed loop.",
+        tables.truth,
+        signals.truth,
+    ),
+    Part(
+        "predicts",
+        "Which loss predicts the closed loop",
+        "truth.json",
+        "Rank correlation, over checkpoints, of each loss on held-out data with the closed-loop cost.",
+        tables.predicts,
+        signals.predicts,
+    ),
+    Part(
+        "capacity",
+        "Size of the network",
+        "evaluations.parquet",
+        "Cost of smaller and larger networks in percent of stand with the networks of the main study.",
+        figure=costs.capacity,
+    ),
+    Part(
+        "studies",
+        "Rounds, data, ablations",
+        "evaluations.parquet",
+        "Each in percent of stand of the main study at the same p on the same runs; beside it, of stand with the same "
+        "variant, and of the same weighting in the main study. What is chosen is chosen on the validation payloads. "
+        "Two runs are too few for an interval that counts trainings: read it as one over payloads.",
+        tables.studies,
+        costs.studies,
+    ),
+    Part(
+        "curves",
+        "Training curves",
+        "curves.parquet",
+        "Each method's validation loss under its own weighting; levels of different methods do not compare.",
+        figure=signals.curves,
+    ),
+    Part(
+        "speed",
+        "Sizes and control steps",
+        "speed.json",
+        "Median time of a control step of one robot, Python included, on one core of the machine named above.",
+        tables.records,
+    ),
+    Part("timing", "Where the time went", "timing.json", "Wall-clock time by phase of the run.", tables.seconds),
+    Part("data", "Data", "data.json", "What was collected, and what was left out because it diverged.", tables.counts),
+)
 
 
-def table(folder: Path) -> Table:
-    """The headline of a run, for people at a terminal."""
-    files = load(folder)
-    out = Table(title=_title(files), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+def _table(files: Files) -> Table:
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     out.caption, out.caption_justify = f"±: half of the 95 % interval. {_footnote(files)}", "left"
     out.add_column("\nweighting", overflow="fold", min_width=max(map(len, BASELINES)))
     for name in (
@@ -78,116 +164,6 @@ def table(folder: Path) -> Table:
             style="dim" if baseline else None,
         )
     return out
-
-
-def figures(folder: Path) -> list[Path]:
-    """Draw what there is data for, as PNG files in the folder; returns their paths."""
-    return [path for path, _ in _draw(folder, load(folder)).values() if path is not None]
-
-
-def page(folder: Path) -> Path:
-    """Write `report.html`: tables, figures and clip in one file that needs nothing else."""
-    files = load(folder)
-    drawn = _draw(folder, files)
-    parts = [f"<details><summary>What the words mean</summary>{tables.as_html(GLOSSARY)}</details>"]
-    for part in PARTS:
-        grid, missing = _grid(part, files)
-        path, no_figure = drawn.get(part.name, (None, ""))
-        parts.append(f"<h2>{html.escape(part.title)}</h2>")
-        if missing or (no_figure and part.grid is None):
-            parts.append(f'<p class="missing">{html.escape(missing or no_figure)}</p>')
-            continue
-        parts.append(f"<p>{html.escape(part.text)}</p>")
-        parts += [tables.as_html(grid)] if grid is not None else []
-        parts += [_image(path, part.title)] if path is not None else []
-        parts += [f'<p class="missing">{html.escape(no_figure)}</p>'] if no_figure else []
-    parts.append(f"<h2>Settings</h2>{tables.as_html(_settings(files))}")
-    title, command, versions = (html.escape(name(files)) for name in (_title, _command, _versions))
-    head = f"<h1>{title}</h1><p>Made by <code>{command}</code>. {versions}</p>"
-    body = head + f"<p>{html.escape(_footnote(files))}</p>" + _clip(folder) + "\n".join(parts)
-    meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-    out = folder / "report.html"
-    text = f'<!doctype html><html lang="en"><head>{meta}<title>{title}</title><style>{_CSS}</style>'
-    out.write_text(f"{text}</head><body>{body}</body></html>\n", encoding="utf-8")
-    return out
-
-
-def results_markdown(folders: list[Path], images: Path | None = None) -> str:
-    """The text of docs/results.md: the tables of some runs, each with the command and the file it comes from.
-
-    Args:
-        folders: The run folders.
-        images: A folder beside the text for the figures, which are linked then.
-    """
-    lines = ["# Results", "", "Written by `sartor report` from run folders; not edited by hand.", ""]
-    lines += ["## What the words mean", "", *(f"* **{word}**: {meaning}" for word, meaning in GLOSSARY.rows), ""]
-    for folder in folders:
-        files, drawn = load(folder), {}
-        command = _command(files)
-        lines += [f"## {_title(files)}", "", f"```sh\n{command}\n```", "", _versions(files), "", _footnote(files), ""]
-        if images is not None:
-            images.mkdir(parents=True, exist_ok=True)
-            drawn = _draw(folder, files)
-        for part in (part for part in PARTS if part.name not in _LARGE):
-            grid, missing = _grid(part, files)
-            path, _ = drawn.get(part.name, (None, ""))
-            if part.grid is None and path is None:
-                continue
-            lines += [f"### {part.title}", "", missing or part.text, ""]
-            lines += [*tables.as_markdown(grid), "", f"From `{part.source}` of `{command}`.", ""] if grid else []
-            if path is not None and images is not None:
-                name = f"{files['config.json'].get('preset', 'run')}-{path.name}"
-                (images / name).write_bytes(path.read_bytes())
-                lines += [f"![{part.title}]({images.name}/{name})", ""]
-        lines += ["### Settings", "", *tables.as_markdown(_settings(files)), ""]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _settings(files: Files) -> tables.Grid:
-    content = {name: value for name, value in files["config.json"].items() if name != "command"}
-    return tables.Grid(["setting", "value"], [[name, json.dumps(value)] for name, value in content.items()])
-
-
-def _draw(folder: Path, files: Files) -> dict[str, tuple[Path | None, str]]:
-    """By name of the part: the path of its figure, or why there is none."""
-    out: dict[str, tuple[Path | None, str]] = {}
-    with styled():
-        for part in (part for part in PARTS if part.figure is not None):
-            path = folder / f"{part.name}.png"
-            fig = part.figure(files[part.source]) if part.source in files and part.figure is not None else None
-            if fig is None:
-                out[part.name] = (None, _missing(part, files))
-            else:
-                fig.savefig(path)
-                out[part.name] = (path, "")
-    return out
-
-
-def _grid(part: Part, files: Files) -> tuple[tables.Grid | None, str]:
-    """The table of a part, or None and why there is none."""
-    if part.grid is None:
-        return None, ""
-    grid = part.grid(files[part.source]) if part.source in files else None
-    return (grid, "") if grid is not None and grid.rows else (None, _missing(part, files))
-
-
-def _missing(part: Part, files: Files) -> str:
-    reason = "has nothing for this yet" if part.source in files else "is missing"
-    return f"Left out: {part.source} {reason}."
-
-
-def _title(files: Files) -> str:
-    unfinished = "" if "finished.json" in files else " (not finished: what there is so far)"
-    return f"Panda: models tailored to tracking, preset {files['config.json'].get('preset', '?')}{unfinished}"
-
-
-def _command(files: Files) -> str:
-    config = files["config.json"]
-    return config.get("command") or f"uv run sartor run panda --preset {config.get('preset', 'quick')}"
-
-
-def _versions(files: Files) -> str:
-    return ", ".join(f"{k} {v}" for k, v in files.get("environment.json", {}).items())
 
 
 def _footnote(files: Files) -> str:
@@ -222,15 +198,12 @@ def _p(row: tables.Row) -> str:
     return f"p = {row.arm.p}"
 
 
-def _image(path: Path, alt: str) -> str:
-    kind = path.suffix.removeprefix(".")
-    return (
-        f'<img alt="{html.escape(alt)}" src="data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}">'
-    )
-
-
-def _clip(folder: Path) -> str:
-    path = folder / "clip.webp"
-    if not path.exists():
-        return '<p class="missing">No clip: clip.webp is missing (it takes MuJoCo with OpenGL).</p>'
-    return "<p>The pretrained beside the tailored model, in the same environment.</p>" + _image(path, "clip")
+REPORT = Report(
+    "panda",
+    "Panda: models tailored to tracking",
+    _PARTS,
+    _GLOSSARY,
+    _table,
+    _footnote,
+    clip="The pretrained beside the tailored model, in the same environment.",
+)

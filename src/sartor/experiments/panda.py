@@ -1,7 +1,7 @@
 """Tailor a Panda's dynamics model to its tracking task: collect, pretrain, label, fine-tune under each weighting, test.
 
 The experiment of Węgrzynowski et al., Learning What Matters, section IV, on MuJoCo. Every job leaves one file in the
-run folder, so an interrupted run goes on where it was. `report_panda` reads the folder; its files are
+run folder, so an interrupted run goes on where it was. `sartor.report` reads the folder; its files are
 
     config.json, environment.json, timing.json, data.json    what was run, on what, how long it took, counts
     evaluations.parquet, curves.parquet                      one row for each test episode; one for each epoch

@@ -9,9 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from sartor import evaluate, pairing
-from sartor.figures.style import BLUE, GREEN, ORANGE, PROTOCOLS, line, mark, name_rows, order
+from sartor.figures.style import BLUE, COLORS, GREEN, INK, ORANGE, PROTOCOLS, line, mark, name_rows, order
 from sartor.pairing import Arm
-from sartor.report import _COLORS, _INK
 
 Columns = Mapping[str, np.ndarray]
 RECIPES = ("recipe", "recipe_quick")
@@ -57,7 +56,7 @@ def bars(rows: Columns) -> Figure | None:
     _percent_axes(axes, names)
     models = sorted({run[0] for arms in panels.values() for run in pairing.costs(rows, arms[0])})
     marks = [mark(_MODEL_MARKERS[i % 5], f"one seed, pretrained model {m}", fill="white") for i, m in enumerate(models)]
-    fig.legend(handles=[*marks, Line2D([], [], color=_INK, label="95 % interval")], loc="outside lower center", ncols=4)
+    fig.legend(handles=[*marks, Line2D([], [], color=INK, label="95 % interval")], loc="outside lower center", ncols=4)
     return fig
 
 
@@ -77,7 +76,7 @@ def environments(rows: Columns) -> Figure | None:
     image = ax.pcolormesh(percent, cmap="RdBu_r", norm=norm, edgecolors="white", linewidth=0.5)
     for (i, j), value in np.ndenumerate(percent):
         dark = abs(norm(value) - 0.5) > 0.28
-        ax.text(j + 0.5, i + 0.5, f"{value:.0f}", ha="center", va="center", fontsize=8, color="w" if dark else _INK)
+        ax.text(j + 0.5, i + 0.5, f"{value:.0f}", ha="center", va="center", fontsize=8, color="w" if dark else INK)
     marked = _saturated(rows)
     ax.set_xticks(np.arange(len(columns)) + 0.5, [f"{e}{'*' if e in marked else ''}" for e in columns])
     ax.set_yticks(np.arange(len(arms)) + 0.5, [arm.method for arm in arms])
@@ -133,7 +132,7 @@ def capacity(rows: Columns) -> Figure | None:
         color = line(method)["color"]
         ax.vlines(x, low, high, color=color, lw=1.4)
         ax.plot(x, value, "o", color=color, ms=5, label=method)
-    ax.axhline(100.0, color=_INK, lw=0.9)
+    ax.axhline(100.0, color=INK, lw=0.9)
     ax.set_xticks(range(len(sizes)), sizes)
     ax.set_xlabel("networks: hidden layers of inertia and potential, encoder")
     ax.set_ylabel("cost, % of stand as in the main study")
@@ -152,7 +151,7 @@ def studies(rows: Columns) -> Figure | None:
     fig, (ax,) = _panels(1, len(arms))
     for y, arm in enumerate(arms):
         found = evaluate.ratio(rows, arm, Arm("stand", p))
-        _point(ax, y, found, _COLORS[names.index(arm.study) % len(_COLORS)], "o")
+        _point(ax, y, found, COLORS[names.index(arm.study) % len(COLORS)], "o")
     ax.set_title(f"p = {p}")
     _percent_axes([ax], labels)
     return fig
@@ -195,7 +194,7 @@ def _bar(ax: Axes, y: float, found: evaluate.Interval, color: str) -> None:
 
 
 def _point(ax: Axes, y: float, found: evaluate.Interval, color: str, marker: str) -> None:
-    ax.hlines(y, 100.0 * found.low, 100.0 * found.high, color=_INK if marker == "|" else color, lw=1.5)
+    ax.hlines(y, 100.0 * found.low, 100.0 * found.high, color=INK if marker == "|" else color, lw=1.5)
     ax.plot(100.0 * found.value, y, marker, ms=6, color=color)
     if 100.0 * found.value > _FAR:
         ax.text(_FAR, y, f"{100.0 * found.value:.0f} → ", ha="right", va="center", fontsize=9, clip_on=True)
@@ -208,14 +207,14 @@ def _runs(ax: Axes, y: float, rows: Columns, arm: Arm) -> None:
     models = sorted({model for model, _ in each.runs})
     for (model, _), value, shift in zip(each.runs, percent, np.linspace(-0.2, 0.2, len(percent)), strict=True):
         marker = _MODEL_MARKERS[models.index(model) % 5]
-        ax.plot(value, y + shift, marker, ms=3.6, color=_INK, mfc="white", mew=0.8)
+        ax.plot(value, y + shift, marker, ms=3.6, color=INK, mfc="white", mew=0.8)
 
 
 def _percent_axes(axes: Sequence[Axes], names: list[str]) -> None:
     low, high = min(ax.dataLim.x0 for ax in axes), min(max(ax.dataLim.x1 for ax in axes), _FAR)
     low, high = min(low, 98.0), max(high, 102.0)
     for i, ax in enumerate(axes):
-        ax.axvline(100.0, color=_INK, lw=0.9)
+        ax.axvline(100.0, color=INK, lw=0.9)
         ax.set_xlabel("cost, % of stand")
         ax.set_xlim(low - 0.05 * (high - low), _FAR if high == _FAR else high + 0.05 * (high - low))
         name_rows(ax, names, show=i == 0)

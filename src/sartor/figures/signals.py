@@ -8,8 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from sartor.figures.style import BLUE, GREEN, GREY, ORANGE, line, mark, name_rows, order
-from sartor.report import _INK
+from sartor.figures.style import BLUE, GREEN, GREY, INK, ORANGE, line, mark, name_rows, order
 
 Columns = Mapping[str, np.ndarray]
 
@@ -156,7 +155,7 @@ def curves(rows: Columns) -> Figure | None:
 
 
 def _correlation_axis(ax: Axes) -> None:
-    ax.axvline(0.0, color=_INK, lw=0.9)
+    ax.axvline(0.0, color=INK, lw=0.9)
     ax.set_xlim(min(-0.1, ax.get_xlim()[0]), 1.0)
     ax.set_xlabel("rank correlation")
 

@@ -12,8 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from sartor.pairing import Protocol
-from sartor.report import _COLORS, _GRID, _INK
 
+INK, GRID, ALARM = "#1f2933", "#d9dee4", "#c0392b"
+COLORS = ("#1b6ca8", "#e07b39", "#3c8d5a", "#8e5ea2", "#b8860b", "#5f6b7a")
+BLUE, ORANGE, GREEN, PURPLE, MUSTARD, GREY = COLORS
 METHODS = (
     "nominal", "pretrained", "oracle", "oracle_damping", "ones", "norm", "mpc_cost", "stand",
     "stand_env", "ours", "ours_avg", "ours_shuffled", "regret", "regret_env", "closed_loop", "closed_loop_env",
@@ -27,13 +29,12 @@ PROTOCOLS: dict[Protocol, str] = {
 STYLE: dict[Any, Any] = {
     "font.size": 10, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.labelsize": 10, "xtick.labelsize": 9, "ytick.labelsize": 9, "legend.fontsize": 9, "legend.frameon": False,
-    "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": _GRID,
+    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": GRID,
     "grid.linewidth": 0.6, "axes.axisbelow": True, "figure.constrained_layout.use": True, "savefig.dpi": 150,
 }  # fmt: skip
-BLUE, ORANGE, GREEN, PURPLE, MUSTARD, GREY = _COLORS
 _LINES = {
-    "nominal": (MUSTARD, "-"), "pretrained": (GREY, "-"), "oracle": (_INK, ":"), "oracle_damping": (_INK, "-"),
+    "nominal": (MUSTARD, "-"), "pretrained": (GREY, "-"), "oracle": (INK, ":"), "oracle_damping": (INK, "-"),
     "ones": (GREY, "--"), "norm": (BLUE, "--"), "mpc_cost": (BLUE, ":"), "stand": (BLUE, "-"),
     "stand_env": (BLUE, "-."), "ours": (ORANGE, "-"), "ours_avg": (ORANGE, "--"), "ours_shuffled": (ORANGE, ":"),
     "regret": (GREEN, "-"), "regret_env": (GREEN, "-."), "closed_loop": (PURPLE, "-"),
@@ -49,11 +50,11 @@ def order(methods: Sequence[str]) -> list[str]:
 
 def line(method: str) -> dict[str, Any]:
     """Color and dashes of a method, as arguments of `plot`."""
-    color, dashes = _LINES.get(method, (_COLORS[sum(map(ord, method)) % len(_COLORS)], "-."))
+    color, dashes = _LINES.get(method, (COLORS[sum(map(ord, method)) % len(COLORS)], "-."))
     return {"color": color, "ls": dashes}
 
 
-def mark(marker: str, label: str, color: str = _INK, fill: str | None = None) -> Line2D:
+def mark(marker: str, label: str, color: str = INK, fill: str | None = None) -> Line2D:
     """A mark for a legend."""
     return Line2D([], [], color=color, marker=marker, mfc=fill or color, ls="", ms=5, label=label)
 
