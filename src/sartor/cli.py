@@ -28,10 +28,11 @@ from rich.table import Table
 from rich.text import Text
 
 from sartor import tailoring
-from sartor.experiments import closed_loop, panda
+from sartor.experiments import closed_loop, imitation, panda
 
 _EXPERIMENTS = {
     "panda": "Tailor a Panda's dynamics model to its tracking task, under several weightings (some ten minutes).",
+    "imitation": "Learn cost and dynamics of a pendulum's and a cart-pole's MPC from its plans, by five methods.",
     "pendulum": "Swing-up of a pendulum with a weak motor, in closed loop.",
     "cartpole": "Swing-up of a pole on a cart, in closed loop.",
     "quadrotor": "Flight to a goal with bounded thrusts and velocity, in closed loop.",
@@ -45,10 +46,14 @@ def _closed_loop(system: Any) -> Any:
 
 Experiment = (
     Annotated[panda.Config, tyro.conf.subcommand("panda", description=_EXPERIMENTS["panda"])]
+    | Annotated[imitation.Config, tyro.conf.subcommand("imitation", description=_EXPERIMENTS["imitation"])]
     | Annotated[closed_loop.Config, _closed_loop("pendulum")]
     | Annotated[closed_loop.Config, _closed_loop("cartpole")]
     | Annotated[closed_loop.Config, _closed_loop("quadrotor")]
 )
+
+_OF_FOLDERS = {"panda": panda, "imitation": imitation}
+"""Experiments with a page as their report, by name."""
 
 
 @dataclass(frozen=True)
@@ -125,10 +130,10 @@ def _run(command: Run, console: Console) -> None:
 def _run_with_progress(config: Any, out: Path, console: Console) -> None:
     try:
         with _monitored(console) as monitor:
-            if isinstance(config, panda.Config):
-                panda.run(config, out, monitor, command=shlex.join(["sartor", *sys.argv[1:]]))
-            else:
+            if isinstance(config, closed_loop.Config):
                 closed_loop.run(config, out, monitor)
+            else:
+                _OF_FOLDERS[_name(config)].run(config, out, monitor, command=shlex.join(["sartor", *sys.argv[1:]]))
     except KeyboardInterrupt:
         console.print(f"Interrupted. Finish it with: sartor run {_name(config)} --resume", escape(str(out)))
         sys.exit(130)
@@ -183,11 +188,11 @@ def _monitored(console: Console) -> Iterator[Callable[[str, float, float], None]
 
 
 def _name(config: Any) -> str:
-    return "panda" if isinstance(config, panda.Config) else config.system
+    return config.system if isinstance(config, closed_loop.Config) else config.experiment
 
 
 def _finished(config: Any, out: Path) -> bool:
-    return (out / ("finished.json" if isinstance(config, panda.Config) else "metrics.json")).exists()
+    return (out / ("metrics.json" if isinstance(config, closed_loop.Config) else "finished.json")).exists()
 
 
 def _stored(folder: Path) -> Any:
@@ -196,7 +201,8 @@ def _stored(folder: Path) -> Any:
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds no finished run, nor one to resume: there is no config.json.")
     stored = read_json(folder / "config.json")
-    kind = panda.Config if stored.get("experiment") == "panda" else closed_loop.Config
+    experiment = _OF_FOLDERS.get(stored.get("experiment"), closed_loop)
+    kind = experiment.Config
     known = {field.name for field in fields(kind)}
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in known}
     return kind(**values)
@@ -256,11 +262,12 @@ def _report(folder: Path, console: Console) -> None:
 
 def _report_of(config: Any) -> Any:
     """What is shown of an experiment. Imported here: matplotlib and pyarrow take a second that most commands save."""
-    from sartor.report_panda import REPORT
+    from sartor import report_imitation, report_panda
 
+    reports = {report.experiment: report for report in (report_panda.REPORT, report_imitation.IMITATION)}
     if isinstance(config, closed_loop.Config):
         raise ValueError("a closed loop has a figure, but no tables for a text: leave its folder out of --markdown.")
-    return REPORT
+    return reports[config.experiment]
 
 
 def _list(console: Console) -> None:

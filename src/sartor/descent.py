@@ -154,6 +154,11 @@ def minimise(
     return Learned(eqx.combine(chosen, fixed), Curve(*np.asarray(state.curve)[:, : int(state.epoch)]))
 
 
+def every(theta: PyTree) -> PyTree:
+    """All floating-point leaves, as a group."""
+    return jax.tree.map(eqx.is_inexact_array, theta)
+
+
 def evaluate(objective: Any, theta: PyTree, data: PyTree) -> tuple[np.ndarray, np.ndarray]:
     """|r|² of every sample, with a new memory, and whether it exists."""
     data = jax.tree.map(jnp.asarray, data)

@@ -37,9 +37,9 @@ _PUBLISHED = optax.rmsprop(1e-2, decay=0.5)  # one object: a new one would compi
 class Demonstrations(NamedTuple):
     """What an expert did, B times."""
 
-    us: Float[Array, "B M nu"]
+    us: Float[np.ndarray, "B M nu"]
     """The first M ≤ N controls of its plan; M = 1 for the log of a closed loop."""
-    xs: Float[Array, "B M_plus_1 nx"]
+    xs: Float[np.ndarray, "B M_plus_1 nx"]
     """Its states; of those behind the first, only what the loss asks for is used, and they may be NaN."""
     context: Any = None
     """What else the problem depends on in each demonstration, as its reference: a pytree with a leading axis B."""
@@ -223,7 +223,7 @@ def _as_guess(sol: Solution) -> Solution:
 def _groups(theta: PyTree, learn: Where | Sequence[Where] | None) -> list[PyTree]:
     """Which leaves learn, as trees of bools, one for each group."""
     if learn is None:
-        return [jax.tree.map(eqx.is_inexact_array, theta)]
+        return [descent.every(theta)]
     none, groups = jax.tree.map(lambda _: False, theta), []
     for where in learn if isinstance(learn, Sequence) else [learn]:
         chosen = jax.tree.leaves(where(theta))

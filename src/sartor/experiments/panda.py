@@ -12,25 +12,19 @@ run folder, so an interrupted run goes on where it was. `sartor.report` reads th
     models/                                                  the models
 """
 
-from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from sartor.experiments import panda_jobs as jobs
 from sartor.experiments import panda_stages as stages
-from sartor.experiments.jobs import Job, Workers
+from sartor.experiments.jobs import Job, Monitor, Workers
 from sartor.experiments.panda_config import Config
 from sartor.experiments.panda_gather import gather
 from sartor.experiments.panda_studies import Cell, cells
 from sartor.experiments.panda_truth import agreement, check, moments, truth_files
 from sartor.experiments.panda_weights import NEEDS_LABELS
-from sartor.experiments.run_folder import environment
-from sartor.files import read_json, write_json
-
-Monitor = Callable[[str, float, float], None]
+from sartor.experiments.run_folder import opened
 
 
 def run(config: Config, out: Path, monitor: Monitor | None = None, command: str = "") -> None:
@@ -45,13 +39,8 @@ def run(config: Config, out: Path, monitor: Monitor | None = None, command: str 
     Fails: `ValueError` if the folder holds another run.
     """
     config = config.resolved()
-    out.mkdir(parents=True, exist_ok=True)
-    _claim(out, config, command)
-    _note_environment(out)
     chosen = cells(config)
-    before = _read(out / "timing.json")
-    keep_times = lambda times: write_json(out / "timing.json", _add(before, times))
-    with Workers(config.workers, monitor, keep_times) as workers:
+    with opened(out, config, monitor, command) as workers:
         _excite(config, out, workers)
         _pretrain(out, workers, {f"pretrained-{m}": (config, m) for m in range(config.models)})
         _test(out, workers, _baselines(config))
@@ -70,8 +59,7 @@ def run(config: Config, out: Path, monitor: Monitor | None = None, command: str 
         _speed(config, out, workers, chosen)
         _protocols(config, out, workers, chosen)
         _truth(config, out, workers, chosen)
-    gather(config, out)
-    write_json(out / "finished.json", {"command": command})
+        gather(config, out)
 
 
 def _parts(chosen: list[Cell]) -> list[list[Cell]]:
@@ -181,34 +169,3 @@ def _truth(config: Config, out: Path, workers: Workers, chosen: list[Cell]) -> N
         files = tuple(jobs.data_of(out, f"pretrained-{m}", 1, config))
         todo.append(Job(out / "truth" / f"losses-{m}.json", agreement, (files, out / "models", names, config)))
     workers.run("losses", todo)
-
-
-def _claim(out: Path, config: Config, command: str) -> None:
-    path, mine = out / "config.json", _plain(asdict(config))
-    ignored = ("workers", "command")
-    if path.exists():
-        stored = read_json(path)
-        different = [k for k in mine if k not in ignored and stored.get(k) != mine[k]]
-        if different:
-            raise ValueError(f"{out} holds a run with other settings ({', '.join(different)}): choose another folder.")
-        return
-    write_json(path, mine | {"command": command})
-
-
-def _note_environment(out: Path) -> None:
-    """Versions and device; of the commits, all that the run was made with."""
-    mine, path = environment(), out / "environment.json"
-    before = read_json(path)["commit"].split(", ") if path.exists() else []
-    write_json(path, mine | {"commit": ", ".join(dict.fromkeys([*before, mine["commit"]]))})
-
-
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
-
-
-def _read(path: Path) -> dict[str, float]:
-    return read_json(path) if path.exists() else {}
-
-
-def _add(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
-    return {name: a.get(name, 0.0) + b.get(name, 0.0) for name in {**a, **b}}

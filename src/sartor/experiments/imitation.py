@@ -1,0 +1,210 @@
+"""Learning cost and dynamics of a controller from its plans: five methods on the pendulum and the cart-pole.
+
+    nn            an LSTM that goes from the initial state to the plan
+    sysid         the cost is known; dynamics from the expert's transitions
+    mpc.dx        the cost is known; dynamics from its controls alone, through the derivative of the MPC
+    mpc.cost      the dynamics are known; weights and goal of the cost from its controls alone
+    mpc.cost.dx   both from its controls alone
+
+Source: Amos et al., Differentiable MPC for End-to-end Planning and Control, 2018, section 5.3 (Figures 4 and 6).
+"""
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+from sartor import descent
+from sartor.descent import Config as Descent
+from sartor.experiments.imitation_network import Planner, Plans
+from sartor.experiments.imitation_systems import System, Theta, demonstrate, system
+from sartor.experiments.jobs import Job, Monitor
+from sartor.experiments.run_folder import opened
+from sartor.files import read_json, write_json
+from sartor.imitate import identify, imitate, imitation_loss
+from sartor.parameters import values
+
+Method = Literal["nn", "sysid", "mpc.dx", "mpc.cost", "mpc.cost.dx"]
+Name = Literal["pendulum", "cartpole"]
+METHODS: tuple[Method, ...] = ("nn", "sysid", "mpc.dx", "mpc.cost", "mpc.cost.dx")
+_PRESETS: dict[str, dict[str, Any]] = {
+    "smoke": dict(systems=("pendulum",), sizes=(10,), seeds=1, epochs=6, network_epochs=6),
+    "quick": dict(systems=("pendulum",), sizes=(10, 100), seeds=1, epochs=200, network_epochs=200),
+    "paper": dict(systems=("pendulum", "cartpole"), sizes=(10, 50, 100), seeds=4, epochs=1000, network_epochs=1000),
+}
+_POINTS = 300  # of a curve that is kept
+_RMSPROP, _ADAM = optax.rmsprop(1e-2, decay=0.5), optax.adam(1e-4)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Imitation of an MPC. Numbers that are 0 and what is empty come from the preset."""
+
+    experiment: Annotated[Literal["imitation"], tyro.conf.Suppress] = "imitation"
+    """Which experiment."""
+    preset: Literal["smoke", "quick", "paper"] = "quick"
+    """`smoke` is for tests, `quick` takes some minutes, `paper` hours."""
+    systems: tuple[Name, ...] = ()
+    """What is controlled."""
+    methods: tuple[Method, ...] = METHODS
+    """What learns."""
+    sizes: tuple[int, ...] = ()
+    """Numbers of demonstrations for training."""
+    seeds: int = 0
+    """Repetitions, each with other demonstrations, another order and another network."""
+    epochs: int = 0
+    """Passes over the demonstrations, at most."""
+    network_epochs: int = 0
+    """The same for `nn`."""
+    patience: int = 150
+    """Epochs without a lower validation loss after which a method stops."""
+    held_out: int = 10
+    """Demonstrations for validation, and as many for the test."""
+    workers: int = 2
+    """Processes, one for each core; 0: do all in this one."""
+
+    def __post_init__(self):
+        for name in ("seeds", "epochs", "network_epochs", "patience", "workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}.")
+        if any(size < 1 for size in self.sizes) or self.held_out < 1:
+            raise ValueError("sizes and held_out must be at least 1.")
+        if not self.methods:
+            raise ValueError("methods is empty: name some.")
+
+    def resolved(self) -> "Config":
+        """The same with the numbers of the preset filled in."""
+        missing = {name: value for name, value in _PRESETS[self.preset].items() if not getattr(self, name)}
+        return replace(self, **missing)
+
+
+class Trial(NamedTuple):
+    """One training."""
+
+    system: Name
+    method: Method
+    size: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return f"{self.system}-{self.method}-{self.size}-{self.seed}"
+
+
+def run(config: Config, out: Path, monitor: Monitor | None = None, command: str = "") -> None:
+    """Run the experiment, or finish it; every trial leaves one file, and `trials.json` holds all of them.
+
+    Fails: `ValueError` if the folder holds another run.
+    """
+    config = config.resolved()
+    trials = [
+        Trial(s, m, size, seed)
+        for s in config.systems for seed in range(config.seeds) for size in config.sizes for m in config.methods
+    ]  # fmt: skip
+    with opened(out, config, monitor, command) as workers:
+        workers.run("learn", [Job(out / "trials" / f"{trial.name}.json", learn, (trial, config)) for trial in trials])
+        rows = [read_json(out / "trials" / f"{trial.name}.json") for trial in trials]
+        write_json(out / "trials.json", {"rows": rows})
+
+
+def learn(output: Path, trial: Trial, config: Config, monitor: Any) -> None:
+    """One trial: its losses, what it found, and how long it took."""
+    here = system(trial.system)
+    seed = 1000 * trial.seed
+    training = demonstrate(here, trial.size, seed)
+    validation, test = demonstrate(here, config.held_out, seed + 1), demonstrate(here, config.held_out, seed + 2)
+    begun = time.perf_counter()
+    how = _network if trial.method == "nn" else _parameters
+    losses, curve, found = how(output, here, trial, config, (training, validation, test), monitor)
+    every = max(1, len(curve.train) // _POINTS)
+    epochs = np.arange(0, len(curve.train), every)
+    content = {
+        **trial._asdict(), "time": time.perf_counter() - begun, "epochs": len(curve.train), "found": found,
+        "failed": int(curve.failed.sum()), "epoch": (1 + epochs).tolist(),
+        **{f"{name}_curve": getattr(curve, name)[epochs].tolist() for name in ("train", "validation")},
+        **losses,
+    }  # fmt: skip
+    write_json(output, content)
+    output.with_suffix(".npz").unlink(missing_ok=True)
+
+
+def _parameters(output: Path, here: System, trial: Trial, config: Config, data: tuple, monitor: Any) -> tuple:
+    """The methods that know the form of the controller."""
+    training, validation, test = data
+    how = Descent(config.epochs, patience=config.patience, seed=trial.seed)
+    options = {"checkpoint": output.with_suffix(".npz"), "monitor": monitor, "validation": validation}
+    true, start = here.true, here.start
+    if trial.method == "sysid":
+        learned = identify(here.problem, true._replace(dx=start.dx), training, how, learn=_dx, optimiser=_RMSPROP,
+                           **options)  # fmt: skip
+    else:
+        begin, groups = {
+            "mpc.dx": (true._replace(dx=start.dx), [_dx]),
+            "mpc.cost": (start._replace(dx=true.dx), [_weights, _goal]),
+            "mpc.cost.dx": (start, [_dx_and_weights, _dx_and_goal]),
+        }[trial.method]
+        learned = imitate(here.problem, begin, training, how, learn=groups, optimiser=_RMSPROP, **options)
+    losses = {
+        name: _mean(imitation_loss(here.problem, learned.theta, some))
+        for name, some in (("train", training), ("validation", validation), ("test", test))
+    }
+    return losses, learned.curve, _found(learned.theta)
+
+
+def _network(output: Path, here: System, trial: Trial, config: Config, data: tuple, monitor: Any) -> tuple:
+    """The LSTM."""
+    single = lambda some: jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), some)
+    training, validation, test = map(single, data)
+    network = Planner(len(here.start.goal) - 1, key=jax.random.key(trial.seed))
+    how = Descent(config.network_epochs, patience=config.patience, seed=trial.seed, restart=0)
+    learned = descent.minimise(
+        Plans(), network, training, how, _ADAM, [descent.every(network)], validation,
+        checkpoint=output.with_suffix(".npz"), monitor=monitor,
+    )  # fmt: skip
+    losses = {
+        name: float(np.mean(descent.evaluate(Plans(), learned.theta, some)[0]))
+        for name, some in (("train", training), ("validation", validation), ("test", test))
+    }
+    return losses, learned.curve, {}
+
+
+def _found(theta: Theta) -> dict[str, Any]:
+    theta = values(theta)
+    as_list = lambda value: np.asarray(value).tolist()
+    return {
+        "dx": {name: as_list(value) for name, value in theta.dx._asdict().items()},
+        "weights": as_list(theta.weights),
+        "goal": as_list(jnp.sqrt(theta.weights) * theta.goal),
+    }
+
+
+def _mean(losses: np.ndarray) -> float:
+    """Over the demonstrations whose solve succeeds."""
+    return float(np.nanmean(losses))
+
+
+def _dx(theta: Theta) -> Any:
+    return theta.dx
+
+
+def _weights(theta: Theta) -> Any:
+    return theta.weights
+
+
+def _goal(theta: Theta) -> Any:
+    return theta.goal
+
+
+def _dx_and_weights(theta: Theta) -> Any:
+    return theta.dx, theta.weights
+
+
+def _dx_and_goal(theta: Theta) -> Any:
+    return theta.dx, theta.goal

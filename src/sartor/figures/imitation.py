@@ -1,0 +1,74 @@
+"""Imitation: how well each method does what the expert does, against the data it had, and how it got there."""
+
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sartor.figures.style import BLUE, GREEN, GREY, INK, MUSTARD, ORANGE, PURPLE
+
+Rows = list[dict[str, Any]]
+_COLORS = {"nn": GREY, "sysid": BLUE, "mpc.dx": ORANGE, "mpc.cost": GREEN, "mpc.cost.dx": PURPLE}
+_FLOOR = 1e-16  # below it a loss is rounding
+
+
+def losses(content: dict[str, Any]) -> Figure | None:
+    """Test loss by system and number of demonstrations (the paper's Fig. 4): every seed, and the median as a line."""
+    rows: Rows = content.get("rows", [])
+    if not rows:
+        return None
+    systems, sizes, methods = (_distinct(rows, key) for key in ("system", "size", "method"))
+    fig = Figure(figsize=(1.5 + 4.2 * len(systems), 4.2))
+    for ax, system in zip(fig.subplots(1, len(systems), squeeze=False)[0], systems, strict=True):
+        for i, method in enumerate(methods):
+            shift = 0.12 * (i - 0.5 * (len(methods) - 1))
+            found = [
+                [max(r["test"], _FLOOR) for r in rows if (r["system"], r["method"], r["size"]) == (system, method, n)]
+                for n in sizes
+            ]
+            for x, values in enumerate(found):
+                ax.plot([x + shift] * len(values), values, "o", ms=4, color=color(method), mfc="white")
+            middle = [np.median(values) if values else np.nan for values in found]
+            ax.plot(np.arange(len(sizes)) + shift, middle, "-", lw=1.4, color=color(method), label=method)
+        ax.set_yscale("log")
+        ax.set_xticks(range(len(sizes)), map(str, sizes))
+        ax.set_xlabel("demonstrations")
+        ax.set_title(system)
+    fig.axes[0].set_ylabel("test imitation loss")
+    fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    return fig
+
+
+def curves(content: dict[str, Any]) -> Figure | None:
+    """Training (thin) and validation loss (thick) over epochs with most demonstrations (the paper's Fig. 6), seed 0."""
+    rows: Rows = content.get("rows", [])
+    if not rows:
+        return None
+    systems, size = _distinct(rows, "system"), max(_distinct(rows, "size"))
+    fig = Figure(figsize=(1.5 + 4.2 * len(systems), 4.0))
+    for ax, system in zip(fig.subplots(1, len(systems), squeeze=False)[0], systems, strict=True):
+        for row in (r for r in rows if (r["system"], r["size"], r["seed"]) == (system, size, 0)):
+            _curve(ax, row)
+        ax.set_yscale("log")
+        ax.set_xscale("log")
+        ax.set_xlabel("epoch")
+        ax.set_title(f"{system}, {size} demonstrations")
+    fig.axes[0].set_ylabel("loss that the method learns by")
+    fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    return fig
+
+
+def color(method: str) -> str:
+    """Of a method, in all figures."""
+    return _COLORS.get(method, MUSTARD if method else INK)
+
+
+def _curve(ax: Axes, row: dict[str, Any]) -> None:
+    train, held_out = (np.maximum(np.array(row[f"{k}_curve"], float), _FLOOR) for k in ("train", "validation"))
+    ax.plot(row["epoch"], train, lw=0.7, alpha=0.6, color=color(row["method"]))
+    ax.plot(row["epoch"], held_out, lw=1.6, color=color(row["method"]), label=row["method"])
+
+
+def _distinct(rows: Rows, key: str) -> list[Any]:
+    return list(dict.fromkeys(row[key] for row in rows))

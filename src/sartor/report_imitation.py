@@ -1,0 +1,92 @@
+"""What the reports of the imitation experiments show."""
+
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.table import Table
+
+from sartor import tables
+from sartor.figures import imitation as figures
+from sartor.report import Files, Part, Report
+from sartor.tables import Grid
+
+_GLOSSARY = Grid(
+    ["word", "meaning"],
+    [
+        ["imitation loss", "mean squared difference of the plan's controls from those of the expert, (N m)² or N²"],
+        ["nn", "an LSTM that goes from the initial state to the plan"],
+        ["sysid", "the cost is known; dynamics from the expert's transitions, so from its states"],
+        ["mpc.dx", "the cost is known; dynamics from its controls alone, through the derivative of the MPC"],
+        ["mpc.cost", "the dynamics are known; weights and goal of the cost from its controls alone"],
+        ["mpc.cost.dx", "both from its controls alone"],
+        ["identified", "combinations of parameters that plans depend on: g/l and m l² of the pendulum, all of the "
+         "cart-pole; of a cost nothing is told by its scale"],
+    ],
+)  # fmt: skip
+_TRUE = {
+    "pendulum": {"g/l": 10.0, "m l²": 1.0},
+    "cartpole": {"g": 9.8, "m_cart": 1.0, "m_pole": 0.1, "l": 0.5},
+}
+
+
+def _identified(row: dict[str, Any]) -> dict[str, float]:
+    """Relative errors of what the plans identify of the dynamics."""
+    dx = row["found"]["dx"]
+    found = {"g/l": dx["g"] / dx["l"], "m l²": dx["m"] * dx["l"] ** 2} if row["system"] == "pendulum" else dx
+    return {name: abs(found[name] / true - 1.0) for name, true in _TRUE[row["system"]].items()}
+
+
+def _losses(content: dict[str, Any]) -> Grid:
+    """One line for each method and amount of data."""
+    header = ["system", "method", "demonstrations", "train", "validation", "test", "test: all seeds",
+              "largest error of what is identified", "failed solves", "epochs", "time [s]"]  # fmt: skip
+    rows, body = content.get("rows", []), []
+    for key in dict.fromkeys((r["system"], r["method"], r["size"]) for r in rows):
+        mine = [r for r in rows if (r["system"], r["method"], r["size"]) == key]
+        median = lambda name, mine=mine: f"{np.median([r[name] for r in mine]):.2e}"
+        learns = key[1] in ("sysid", "mpc.dx", "mpc.cost.dx")
+        worst = max((max(_identified(r).values()) for r in mine), default=np.nan) if learns else np.nan
+        body.append([
+            key[0], key[1], str(key[2]), median("train"), median("validation"), median("test"),
+            " ".join(f"{r['test']:.1e}" for r in mine), f"{worst:.1e}" if np.isfinite(worst) else "–",
+            str(sum(r["failed"] for r in mine)), f"{np.median([r['epochs'] for r in mine]):.0f}",
+            f"{np.median([r['time'] for r in mine]):.0f}",
+        ])  # fmt: skip
+    return Grid(header, body)
+
+
+def _headline(files: Files) -> Table:
+    grid = _losses(files.get("trials.json", {}))
+    return _as_table(grid, (0, 1, 2, 5, 7, 10))
+
+
+def _as_table(grid: Grid, which: tuple[int, ...]) -> Table:
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for i in which:
+        out.add_column(grid.header[i], justify="left" if i < 2 else "right", overflow="fold")
+    for row in grid.rows:
+        out.add_row(*(row[i] for i in which))
+    return out
+
+
+IMITATION = Report(
+    "imitation",
+    "Imitation of an MPC: pendulum and cart-pole",
+    (
+        Part(
+            "losses", "Imitation loss", "trials.json",
+            "Medians over seeds of the epoch with the lowest validation loss. Every mpc method learns from controls "
+            "alone; sysid sees the expert's states.",
+            _losses, figures.losses,
+        ),
+        Part(
+            "curves", "Learning curves", "trials.json",
+            "Of each method the loss that it learns by: for sysid that of transitions, for all others imitation.",
+            figure=figures.curves,
+        ),
+        Part("timing", "Where the time went", "timing.json", "Wall-clock time by phase of the run.", tables.seconds),
+    ),
+    _GLOSSARY,
+    _headline,
+)  # fmt: skip
