@@ -19,7 +19,7 @@ ORDER = [
     {"models.lagrangian"}, {"models.mlp"}, {"models.store"}, {"data"}, {"logs", "lerobot_meta"}, {"lerobot"},
     {"weights"}, {"samples"}, {"train"}, {"labelling"}, {"plant", "render"}, {"tracking"},
     {"systems"}, {"pairing"}, {"evaluate"}, {"figures"}, {"report_closed_loop"}, {"tables"}, {"report"},
-    {"report_panda", "report_imitation"}, {"experiments"}, {"tailoring"}, {"cli"},
+    {"report_panda"}, {"experiments"}, {"report_imitation"}, {"tailoring"}, {"cli"},
 ]  # fmt: skip
 
 

@@ -28,11 +28,13 @@ from rich.table import Table
 from rich.text import Text
 
 from sartor import tailoring
-from sartor.experiments import closed_loop, imitation, panda
+from sartor.experiments import closed_loop, imitation, imitation_lqr, panda, unrealisable
 
 _EXPERIMENTS = {
     "panda": "Tailor a Panda's dynamics model to its tracking task, under several weightings (some ten minutes).",
     "imitation": "Learn cost and dynamics of a pendulum's and a cart-pole's MPC from its plans, by five methods.",
+    "imitation-lqr": "Learn a linear model by imitation: where gradients get stuck, and what does not.",
+    "unrealisable": "Imitate an expert whose dynamics no learner can have: identification against imitation.",
     "pendulum": "Swing-up of a pendulum with a weak motor, in closed loop.",
     "cartpole": "Swing-up of a pole on a cart, in closed loop.",
     "quadrotor": "Flight to a goal with bounded thrusts and velocity, in closed loop.",
@@ -47,12 +49,14 @@ def _closed_loop(system: Any) -> Any:
 Experiment = (
     Annotated[panda.Config, tyro.conf.subcommand("panda", description=_EXPERIMENTS["panda"])]
     | Annotated[imitation.Config, tyro.conf.subcommand("imitation", description=_EXPERIMENTS["imitation"])]
+    | Annotated[imitation_lqr.Config, tyro.conf.subcommand("imitation-lqr", description=_EXPERIMENTS["imitation-lqr"])]
+    | Annotated[unrealisable.Config, tyro.conf.subcommand("unrealisable", description=_EXPERIMENTS["unrealisable"])]
     | Annotated[closed_loop.Config, _closed_loop("pendulum")]
     | Annotated[closed_loop.Config, _closed_loop("cartpole")]
     | Annotated[closed_loop.Config, _closed_loop("quadrotor")]
 )
 
-_OF_FOLDERS = {"panda": panda, "imitation": imitation}
+_OF_FOLDERS = {"panda": panda, "imitation": imitation, "imitation-lqr": imitation_lqr, "unrealisable": unrealisable}
 """Experiments with a page as their report, by name."""
 
 
@@ -264,7 +268,7 @@ def _report_of(config: Any) -> Any:
     """What is shown of an experiment. Imported here: matplotlib and pyarrow take a second that most commands save."""
     from sartor import report_imitation, report_panda
 
-    reports = {report.experiment: report for report in (report_panda.REPORT, report_imitation.IMITATION)}
+    reports = {report.experiment: report for report in (report_panda.REPORT, *report_imitation.REPORTS)}
     if isinstance(config, closed_loop.Config):
         raise ValueError("a closed loop has a figure, but no tables for a text: leave its folder out of --markdown.")
     return reports[config.experiment]

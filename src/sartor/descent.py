@@ -112,6 +112,7 @@ def minimise(
     validation: PyTree | None = None,
     checkpoint: Path | None = None,
     monitor: Monitor | None = None,
+    after_epoch: Callable[[int, PyTree], None] | None = None,
 ) -> Learned:
     """Minimise (D17).
 
@@ -126,6 +127,7 @@ def minimise(
         validation: Samples to choose the epoch by.
         checkpoint: File that keeps the state; if it exists, learning goes on from there, to the same result.
         monitor: Called after every epoch.
+        after_epoch: after_epoch(epoch, theta), called after every epoch, counted from 1.
 
     Fails: `ValueError` for a checkpoint of something else, `FloatingPointError` if no sample has a residual at the
         start.
@@ -147,6 +149,8 @@ def minimise(
         state = _advance(objective, optimiser, groups, state, fixed, (data, validation), config)
         if monitor is not None:
             monitor(epoch + 1, config.epochs)
+        if after_epoch is not None:
+            after_epoch(epoch + 1, eqx.combine(state.theta, fixed))
         if checkpoint is not None and (time.monotonic() - saved > _SAVE_EVERY or _over(state, config)):
             save_tree(checkpoint, (mark, state))
             saved = time.monotonic()

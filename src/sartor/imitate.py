@@ -61,6 +61,7 @@ def imitate(
     nearest: bool = False,
     checkpoint: Path | None = None,
     monitor: Monitor | None = None,
+    after_epoch: Callable[[int, PyTree], None] | None = None,
 ) -> Learned:
     """Learn leaves of θ such that the MPC does what the expert did (D18).
 
@@ -82,6 +83,7 @@ def imitate(
             them is found; else at zero.
         checkpoint: File that keeps the state; if it exists, learning goes on from there, to the same result.
         monitor: monitor(done, total), called after every epoch.
+        after_epoch: after_epoch(epoch, theta), likewise; epochs count from 1.
 
     Returns: θ of the epoch with the lowest validation loss (of the last one without validation), in the form of
         `theta`: `values` gives plain numbers; and the curve, with the number of failed solves, whose samples are left
@@ -92,7 +94,9 @@ def imitate(
     for name, data in (("demonstrations", demonstrations), ("validation", validation)):
         if data is not None:
             _check(name, problem, data, states)
-    return _learn(objective, theta, demonstrations, config, learn, validation, optimiser, checkpoint, monitor)
+    return _learn(
+        objective, theta, demonstrations, config, learn, validation, optimiser, (checkpoint, monitor, after_epoch)
+    )
 
 
 def identify(
@@ -107,6 +111,7 @@ def identify(
     theta_of: Callable[[PyTree, Any], PyTree] | None = None,
     checkpoint: Path | None = None,
     monitor: Monitor | None = None,
+    after_epoch: Callable[[int, PyTree], None] | None = None,
 ) -> Learned:
     """System identification: learn leaves of θ such that the dynamics predict the demonstrated transitions.
 
@@ -116,7 +121,9 @@ def identify(
     for name, data in (("demonstrations", demonstrations), ("validation", validation)):
         if data is not None:
             _check(name, problem, data, states=1.0)
-    return _learn(objective, theta, demonstrations, config, learn, validation, optimiser, checkpoint, monitor)
+    return _learn(
+        objective, theta, demonstrations, config, learn, validation, optimiser, (checkpoint, monitor, after_epoch)
+    )
 
 
 def imitation_loss(
@@ -127,6 +134,15 @@ def imitation_loss(
     _check("demonstrations", problem, demonstrations, states)
     objective = _imitation(problem, solver, theta_of, states, scales, nearest)
     squares, exists = descent.evaluate(objective, theta, demonstrations)
+    return np.where(exists, squares, np.nan)
+
+
+def transition_loss(
+    problem: Problem, theta: PyTree, demonstrations: Demonstrations, *, theta_of: Callable | None = None
+) -> Float[np.ndarray, " B"]:
+    """Mean |x̂_{k+1} - f(x̂_k, û_k, θ)|² of every demonstration; NaN where it is not finite."""
+    _check("demonstrations", problem, demonstrations, states=1.0)
+    squares, exists = descent.evaluate(_Transitions(problem, theta_of), theta, demonstrations)
     return np.where(exists, squares, np.nan)
 
 
@@ -202,11 +218,11 @@ def _imitation(problem, solver, theta_of, states, scales, nearest) -> "_Imitatio
     return _Imitation(problem, SQP() if solver is None else solver, theta_of, float(states), scales, nearest)
 
 
-def _learn(objective, theta, demonstrations, config, learn, validation, optimiser, checkpoint, monitor) -> Learned:
+def _learn(objective, theta, demonstrations, config, learn, validation, optimiser, watch) -> Learned:
     theta = jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, float) else leaf, theta)
     optimiser = _PUBLISHED if optimiser is None else optimiser
     return descent.minimise(
-        objective, theta, demonstrations, config, optimiser, _groups(theta, learn), validation, checkpoint, monitor
+        objective, theta, demonstrations, config, optimiser, _groups(theta, learn), validation, *watch
     )
 
 

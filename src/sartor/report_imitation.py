@@ -4,9 +4,11 @@ from typing import Any
 
 import numpy as np
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from sartor import tables
+from sartor.experiments.imitation_lqr import RECOVERED
 from sartor.figures import imitation as figures
 from sartor.report import Files, Part, Report
 from sartor.tables import Grid
@@ -64,12 +66,50 @@ def _headline(files: Files) -> Table:
 def _as_table(grid: Grid, which: tuple[int, ...]) -> Table:
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for i in which:
-        out.add_column(grid.header[i], justify="left" if i < 2 else "right", overflow="fold")
+        out.add_column(escape(grid.header[i]), justify="left" if i < 2 else "right", overflow="fold")
     for row in grid.rows:
-        out.add_row(*(row[i] for i in which))
+        out.add_row(*(escape(row[i]) for i in which))
     return out
 
 
+def _lqr(content: dict[str, Any]) -> Grid:
+    """One line for each way to learn."""
+    header = ["method", "true model found", "models to begin with", "model loss: all", "imitation loss: median",
+              "epochs: median", "failed solves", "time [s]: median"]  # fmt: skip
+    rows, body = content.get("rows", []), []
+    for method in dict.fromkeys(r["method"] for r in rows):
+        mine = [r for r in rows if r["method"] == method]
+        median = lambda name, mine=mine: np.median([r[name] for r in mine])
+        found = sum(r["model"] < RECOVERED for r in mine)
+        body.append([
+            method, f"{found} of {len(mine)}", str(max(r["starts"] for r in mine)),
+            " ".join(f"{r['model']:.0e}" for r in mine), f"{median('imitation'):.1e}", f"{median('epochs'):.0f}",
+            str(sum(r["failed"] for r in mine)), f"{median('time'):.0f}",
+        ])  # fmt: skip
+    return Grid(header, body)
+
+
+def _unrealisable(content: dict[str, Any]) -> Grid:
+    """The two methods, seed by seed and in the median."""
+    header = ["seed", "imitation: sysid", "imitation: mpc.dx", "mpc.dx / sysid", "transition: sysid",
+              "transition: mpc.dx", "failed solves", "time of mpc.dx [s]"]  # fmt: skip
+    by = {(r["method"], r["seed"]): r for r in content.get("rows", [])}
+    seeds = [seed for method, seed in by if method == "sysid" and ("mpc.dx", seed) in by]
+    body = []
+    for seed in seeds:
+        a, b = by["sysid", seed], by["mpc.dx", seed]
+        body.append([
+            str(seed), f"{a['imitation']:.3e}", f"{b['imitation']:.3e}", f"{b['imitation'] / a['imitation']:.2f}",
+            f"{a['transition']:.3e}", f"{b['transition']:.3e}", str(a["failed"] + b["failed"]), f"{b['time']:.0f}",
+        ])  # fmt: skip
+    if seeds:
+        better = [sum(by["mpc.dx", s][k] < by["sysid", s][k] for s in seeds) for k in ("imitation", "transition")]
+        cells = [f"mpc.dx lower in {n} of {len(seeds)}" for n in better]
+        body.append(["all", "", cells[0], "", "", cells[1], "", ""])
+    return Grid(header, body)
+
+
+_TIMING = Part("timing", "Where the time went", "timing.json", "Wall-clock time by phase of the run.", tables.seconds)
 IMITATION = Report(
     "imitation",
     "Imitation of an MPC: pendulum and cart-pole",
@@ -85,8 +125,55 @@ IMITATION = Report(
             "Of each method the loss that it learns by: for sysid that of transitions, for all others imitation.",
             figure=figures.curves,
         ),
-        Part("timing", "Where the time went", "timing.json", "Wall-clock time by phase of the run.", tables.seconds),
+        _TIMING,
     ),
     _GLOSSARY,
     _headline,
 )  # fmt: skip
+LQR = Report(
+    "imitation-lqr",
+    "Imitation of a linear-quadratic controller",
+    (
+        Part(
+            "lqr", "Model and imitation loss", "trials.json",
+            f"The true model counts as found where the mean squared error of A and B is below {RECOVERED:.0e}. Each "
+            "line begins with another random model; of several starts the one with the lowest loss is shown.",
+            _lqr, figures.lqr,
+        ),
+        _TIMING,
+    ),
+    Grid(
+        ["word", "meaning"],
+        [
+            ["imitation loss", "mean squared difference of controls, plus that of states"],
+            ["model loss", "mean squared error of the entries of A and B"],
+            ["rmsprop", "RMSprop with rate 1e-2 in mini-batches, as published"],
+            ["gauss_newton", "Levenberg and Marquardt's steps on all samples, from the same models"],
+            ["starts", "the same from several random models, until one has no loss; the lowest loss counts"],
+        ],
+    ),
+    lambda files: _as_table(_lqr(files.get("trials.json", {})), (0, 1, 2, 4, 5, 7)),
+)  # fmt: skip
+UNREALISABLE = Report(
+    "unrealisable",
+    "An expert that no learner can be",
+    (
+        Part(
+            "unrealisable", "Identification against imitation", "trials.json",
+            "After the last epoch, on held-out demonstrations of the expert with friction and wind.",
+            _unrealisable, figures.unrealisable,
+        ),
+        _TIMING,
+    ),
+    Grid(
+        ["word", "meaning"],
+        [
+            ["imitation loss", "mean squared difference of the plan's controls from those of the expert [(N m)²]"],
+            ["transition loss", "mean squared error of the predicted next state"],
+            ["sysid", "learns by the transition loss"],
+            ["mpc.dx", "learns by the imitation loss, through the derivative of the MPC"],
+        ],
+    ),
+    lambda files: _as_table(_unrealisable(files.get("trials.json", {})), tuple(range(6))),
+)  # fmt: skip
+REPORTS = (IMITATION, LQR, UNREALISABLE)

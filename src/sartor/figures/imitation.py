@@ -6,10 +6,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sartor.figures.style import BLUE, GREEN, GREY, INK, MUSTARD, ORANGE, PURPLE
+from sartor.figures.style import BLUE, COLORS, GREEN, GREY, INK, MUSTARD, ORANGE, PURPLE
 
 Rows = list[dict[str, Any]]
 _COLORS = {"nn": GREY, "sysid": BLUE, "mpc.dx": ORANGE, "mpc.cost": GREEN, "mpc.cost.dx": PURPLE}
+_SEEDS = (*COLORS, INK, "#c0392b")
 _FLOOR = 1e-16  # below it a loss is rounding
 
 
@@ -56,6 +57,47 @@ def curves(content: dict[str, Any]) -> Figure | None:
         ax.set_title(f"{system}, {size} demonstrations")
     fig.axes[0].set_ylabel("loss that the method learns by")
     fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    return fig
+
+
+def lqr(content: dict[str, Any]) -> Figure | None:
+    """Imitation and model loss over epochs (the paper's Fig. 3), a line for each model that learning began with."""
+    rows: Rows = content.get("rows", [])
+    if not rows:
+        return None
+    methods = _distinct(rows, "method")
+    fig = Figure(figsize=(1.0 + 3.2 * len(methods), 5.6))
+    axes = fig.subplots(2, len(methods), squeeze=False, sharex="col", sharey="row")
+    for column, method in zip(axes.T, methods, strict=True):
+        for row in (r for r in rows if r["method"] == method):
+            for ax, kind in zip(column, ("imitation", "model"), strict=True):
+                values = np.clip(np.array(row[f"{kind}_curve"], float), _FLOOR, 1e4)
+                ax.plot(row["epoch"], values, lw=1.2, color=_SEEDS[row["seed"] % len(_SEEDS)])
+                ax.set_yscale("log")
+        column[0].set_title(method)
+        column[1].set_xlabel("epoch")
+    axes[0, 0].set_ylabel("imitation loss")
+    axes[1, 0].set_ylabel("model loss")
+    return fig
+
+
+def unrealisable(content: dict[str, Any]) -> Figure | None:
+    """Imitation and transition loss over epochs (the paper's Fig. 5): every seed, and the median as a thick line."""
+    rows: Rows = content.get("rows", [])
+    if not rows:
+        return None
+    fig = Figure(figsize=(9.0, 3.8))
+    for ax, kind in zip(fig.subplots(1, 2), ("imitation", "transition"), strict=True):
+        for method in _distinct(rows, "method"):
+            mine = [r for r in rows if r["method"] == method]
+            for row in mine:
+                ax.plot(row["epoch"], row[f"{kind}_curve"], lw=0.7, alpha=0.5, color=color(method))
+            middle = np.median([r[f"{kind}_curve"] for r in mine], axis=0)
+            ax.plot(mine[0]["epoch"], middle, lw=2.0, color=color(method), label=method)
+        ax.set_yscale("log")
+        ax.set_xlabel("epoch")
+        ax.set_ylabel(f"{kind} loss, held out")
+    fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return fig
 
 

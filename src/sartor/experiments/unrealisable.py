@@ -1,0 +1,115 @@
+"""An expert that no learner can be: identification against imitation for a pendulum with friction in the wind.
+
+The learner's model has neither. `sysid` fits the expert's transitions, `mpc.dx` its controls: which of them imitates
+better, and which predicts better?
+
+Source: Amos et al., Differentiable MPC for End-to-end Planning and Control, 2018, section 5.4 (Figure 5).
+"""
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+
+from sartor.descent import Config as Descent
+from sartor.experiments.imitation_systems import Theta, demonstrate, system, windy
+from sartor.experiments.jobs import Job, Monitor
+from sartor.experiments.run_folder import opened
+from sartor.files import read_json, write_json
+from sartor.imitate import identify, imitate, imitation_loss, transition_loss
+from sartor.parameters import positive, values
+from sartor.systems import pendulum
+
+Method = Literal["sysid", "mpc.dx"]
+_PRESETS: dict[str, dict[str, Any]] = {
+    "smoke": dict(seeds=1, epochs=4, samples=10),
+    "quick": dict(seeds=3, epochs=100, samples=100),
+    "paper": dict(seeds=8, epochs=250, samples=100),
+}
+_EVERY = 5  # epochs between two points of a curve
+
+
+@dataclass(frozen=True)
+class Config:
+    """Imitation of an expert whose dynamics the learner cannot have. Numbers that are 0 come from the preset."""
+
+    experiment: Annotated[Literal["unrealisable"], tyro.conf.Suppress] = "unrealisable"
+    """Which experiment."""
+    preset: Literal["smoke", "quick", "paper"] = "quick"
+    """`smoke` is for tests, `quick` and `paper` take minutes."""
+    seeds: int = 0
+    """Parameters to begin with."""
+    epochs: int = 0
+    """Passes over the demonstrations."""
+    samples: int = 0
+    """Demonstrations for training."""
+    held_out: int = 10
+    """Demonstrations for validation."""
+    as_published: bool = False
+    """The expert of the authors' code, whose damping acts on the angle instead of its rate."""
+    workers: int = 2
+    """Processes, one for each core; 0: do all in this one."""
+
+    def __post_init__(self):
+        for name in ("seeds", "epochs", "samples", "workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}.")
+        if self.held_out < 1:
+            raise ValueError(f"held_out must be at least 1, not {self.held_out}.")
+
+    def resolved(self) -> "Config":
+        """The same with the numbers of the preset filled in."""
+        missing = {name: value for name, value in _PRESETS[self.preset].items() if not getattr(self, name)}
+        return replace(self, **missing)
+
+
+def run(config: Config, out: Path, monitor: Monitor | None = None, command: str = "") -> None:
+    """Run the experiment, or finish it; every trial leaves one file, and `trials.json` holds all of them.
+
+    Fails: `ValueError` if the folder holds another run.
+    """
+    config = config.resolved()
+    methods: tuple[Method, ...] = ("sysid", "mpc.dx")
+    names = {(method, seed): out / "trials" / f"{method}-{seed}.json" for seed in range(config.seeds)
+             for method in methods}  # fmt: skip
+    with opened(out, config, monitor, command) as workers:
+        workers.run("learn", [Job(path, learn, (*trial, config)) for trial, path in names.items()])
+        write_json(out / "trials.json", {"rows": [read_json(path) for path in names.values()]})
+
+
+def learn(output: Path, method: Method, seed: int, config: Config, monitor: Any) -> None:
+    """One trial: imitation and transition loss on held-out demonstrations, as learning goes on."""
+    expert, learner = windy(config.as_published), system("pendulum")
+    training, held_out = demonstrate(expert, config.samples, 0), demonstrate(expert, config.held_out, 1)
+    begin = expert.true._replace(dx=pendulum.Theta(*map(positive, _start(seed))))
+    points: list[tuple[int, float, float]] = []
+
+    def look(epoch: int, theta: Theta) -> None:
+        if epoch % _EVERY == 0 or epoch in (1, config.epochs):
+            imitation = float(np.nanmean(imitation_loss(learner.problem, theta, held_out)))
+            points.append((epoch, imitation, float(np.mean(transition_loss(learner.problem, theta, held_out)))))
+
+    begun = time.perf_counter()
+    train = identify if method == "sysid" else imitate
+    how = Descent(config.epochs, seed=seed)
+    learned = train(learner.problem, begin, training, how, learn=_dx, monitor=monitor, after_epoch=look)
+    epochs, imitation, transition = zip(*points, strict=True)
+    found = {name: float(value) for name, value in values(learned.theta).dx._asdict().items()}
+    content = {
+        "method": method, "seed": seed, "imitation": imitation[-1], "transition": transition[-1], "found": found,
+        "failed": int(learned.curve.failed.sum()), "time": time.perf_counter() - begun, "epoch": epochs,
+        "imitation_curve": imitation, "transition_curve": transition,
+    }  # fmt: skip
+    write_json(output, content)
+
+
+def _start(seed: int) -> np.ndarray:
+    """(5, 1, 1) + (3, 1, 1) U(-0.5, 0.5), for g, m, l."""
+    return np.array([5.0, 1.0, 1.0]) + np.array([3.0, 1.0, 1.0]) * np.random.default_rng(seed).uniform(-0.5, 0.5, 3)
+
+
+def _dx(theta: Theta) -> Any:
+    return theta.dx
