@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import sartor
 from sartor import descent
-from sartor.descent import Config, LevenbergMarquardt
+from sartor.descent import Learning, LevenbergMarquardt
 from sartor.imitate import Demonstrations, identify, imitate, imitation_loss
 from sartor.parameters import Bounded, bounded, positive, values
 
@@ -118,7 +118,7 @@ def test_the_loss_is_that_of_the_formula():
 
 def test_one_step_of_gradient_descent_follows_central_differences():
     rate, h = 1e-3, 1e-5
-    learned = imitate(PROBLEM, START, DATA, Config(epochs=1, batch=24), optimiser=SGD).theta
+    learned = imitate(PROBLEM, START, DATA, Learning(epochs=1, batch=24), optimiser=SGD).theta
     for i, (before, after) in enumerate(zip(jax.tree.leaves(START), jax.tree.leaves(learned), strict=True)):
         moved = [eqx.tree_at(lambda t, i=i: jax.tree.leaves(t)[i], START, before + sign * h) for sign in (1.0, -1.0)]
         slope = (loss(moved[0]) - loss(moved[1])) / (2 * h)
@@ -128,7 +128,7 @@ def test_one_step_of_gradient_descent_follows_central_differences():
 
 def test_levenberg_and_marquardt_recover_what_controls_identify():
     learned = imitate(
-        PROBLEM, START, DATA, Config(epochs=30, patience=5), validation=HELD_OUT, optimiser=LevenbergMarquardt()
+        PROBLEM, START, DATA, Learning(epochs=30, patience=5), validation=HELD_OUT, optimiser=LevenbergMarquardt()
     )
     np.testing.assert_allclose(jax.tree.leaves(values(learned.theta)), TRUE, rtol=1e-6)
     assert learned.curve.train[-1] < 1e-16 < 1e-3 < learned.curve.train[0] and len(learned.curve.train) < 30
@@ -137,7 +137,7 @@ def test_levenberg_and_marquardt_recover_what_controls_identify():
 
 def test_rmsprop_learns_with_batches_and_leaves_the_rest_alone():
     begin = Theta(positive(1.0), positive(1.2), 2.0, 0.3)
-    learned = imitate(PROBLEM, begin, DATA, Config(epochs=60, batch=8), learn=DYNAMICS, optimiser=RMSPROP)
+    learned = imitate(PROBLEM, begin, DATA, Learning(epochs=60, batch=8), learn=DYNAMICS, optimiser=RMSPROP)
     assert learned.curve.train[-1] < 1e-2 * learned.curve.train[0]
     theta = values(learned.theta)
     assert (theta.weight, theta.goal) == (2.0, 0.3) and abs(theta.mass - 1.5) < 0.1
@@ -147,7 +147,7 @@ def test_rmsprop_learns_with_batches_and_leaves_the_rest_alone():
 def test_groups_take_turns_of_equal_length():
     seen = []
     for epochs in (2, 4, 5):
-        config = Config(epochs=epochs, batch=8, turn=2)
+        config = Learning(epochs=epochs, batch=8, turn=2)
         theta = imitate(PROBLEM, START, DATA, config, learn=[WEIGHT, GOAL], optimiser=RMSPROP).theta
         seen.append((float(theta.weight.raw), float(theta.goal.raw)))
     begin = (float(START.weight.raw), float(START.goal.raw))
@@ -159,7 +159,7 @@ def test_groups_take_turns_of_equal_length():
 def test_the_epoch_is_that_of_the_lowest_validation_loss():
     own = imitation_loss(PROBLEM, START, HELD_OUT)
     other = HELD_OUT._replace(us=HELD_OUT.us - 3.0)  # controls that no plan has
-    learned = imitate(PROBLEM, START, DATA, Config(epochs=15, batch=8), validation=other, optimiser=RMSPROP)
+    learned = imitate(PROBLEM, START, DATA, Learning(epochs=15, batch=8), validation=other, optimiser=RMSPROP)
     best = int(np.argmin(learned.curve.validation))
     assert best < 14 and own.shape == (6,)
     found = float(np.mean(imitation_loss(PROBLEM, learned.theta, other)))
@@ -167,21 +167,21 @@ def test_the_epoch_is_that_of_the_lowest_validation_loss():
 
 
 def test_patience_ends_it():
-    config = Config(epochs=40, patience=3)
+    config = Learning(epochs=40, patience=3)
     learned = identify(PROBLEM, START, DATA, config, learn=DYNAMICS, optimiser=LevenbergMarquardt())
     best = int(np.argmin(learned.curve.train))
     assert len(learned.curve.train) == best + 4 < 40
 
 
 def test_transitions_identify_the_dynamics_and_nothing_else():
-    config = Config(epochs=15)
+    config = Learning(epochs=15)
     learned = identify(PROBLEM, START, DATA, config, learn=DYNAMICS, optimiser=LevenbergMarquardt())
     theta = values(learned.theta)
     np.testing.assert_allclose([theta.mass, theta.stiffness], [1.5, 0.8], rtol=1e-9)
     assert theta.weight == 1.0
     errors = [dynamics(x, u, 0, values(START)) for x, u in zip(DATA.xs[:, 0], DATA.us[:, 0], strict=True)]
     one = Demonstrations(DATA.us[:, :1], DATA.xs[:, :2])
-    curve = identify(PROBLEM, START, one, Config(epochs=1), learn=DYNAMICS, optimiser=LevenbergMarquardt()).curve
+    curve = identify(PROBLEM, START, one, Learning(epochs=1), learn=DYNAMICS, optimiser=LevenbergMarquardt()).curve
     np.testing.assert_allclose(curve.train[0], np.mean((np.stack(errors) - DATA.xs[:, 1]) ** 2), rtol=1e-9)
 
 
@@ -197,7 +197,7 @@ def test_a_context_of_each_demonstration_reaches_the_problem():
     data = Demonstrations(np.asarray(sols.us), np.asarray(sols.xs), goals)
     begin = Theta(positive(1.0), positive(1.2), 2.0, 0.0)
     learned = imitate(
-        PROBLEM, begin, data, Config(epochs=20, patience=4), learn=DYNAMICS, theta_of=with_goal,
+        PROBLEM, begin, data, Learning(epochs=20, patience=4), learn=DYNAMICS, theta_of=with_goal,
         optimiser=LevenbergMarquardt(),
     )  # fmt: skip
     np.testing.assert_allclose([learned.theta.mass.value, learned.theta.stiffness.value], [1.5, 0.8], rtol=1e-6)
@@ -206,7 +206,7 @@ def test_a_context_of_each_demonstration_reaches_the_problem():
 @pytest.mark.parametrize("optimiser", [RMSPROP, LevenbergMarquardt()], ids=["rmsprop", "levenberg_marquardt"])
 def test_an_interruption_changes_nothing(optimiser, tmp_path, monkeypatch):
     monkeypatch.setattr(descent, "_SAVE_EVERY", 0.0)
-    config, options = Config(epochs=7, batch=8, turn=2, restart=3), {"validation": HELD_OUT}
+    config, options = Learning(epochs=7, batch=8, turn=2, restart=3), {"validation": HELD_OUT}
     if optimiser is RMSPROP:
         options["learn"] = [WEIGHT, GOAL]
 
@@ -238,13 +238,13 @@ def test_failed_solves_are_left_out_and_counted():
     losses = imitation_loss(PROBLEM, START, bad)
     assert np.isnan(losses[0]) and np.isfinite(losses[1:]).all()
     for optimiser in (SGD, LevenbergMarquardt()):
-        learned = imitate(PROBLEM, START, bad, Config(epochs=2, batch=24), optimiser=optimiser)
+        learned = imitate(PROBLEM, START, bad, Learning(epochs=2, batch=24), optimiser=optimiser)
         np.testing.assert_array_equal(learned.curve.failed, [1, 1])
         np.testing.assert_allclose(learned.curve.train[0], np.nanmean(losses), rtol=1e-9)
         assert learned.curve.train[1] < learned.curve.train[0]
     every = bad._replace(xs=np.full_like(xs, 1e200))
     with pytest.raises(FloatingPointError, match="no sample has a residual"):
-        imitate(PROBLEM, START, every, Config(epochs=2, batch=24), optimiser=SGD)
+        imitate(PROBLEM, START, every, Learning(epochs=2, batch=24), optimiser=SGD)
 
 
 @pytest.mark.parametrize(
@@ -267,4 +267,4 @@ def test_bad_input_is_refused_before_anything_compiles(change, options, message)
 @pytest.mark.parametrize("name, value", [("epochs", 0), ("batch", 0), ("turn", 0), ("patience", -1), ("restart", -1)])
 def test_numbers_that_make_no_sense_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} must be at least"):
-        Config(**{name: value})
+        Learning(**{name: value})

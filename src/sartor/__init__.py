@@ -1,6 +1,12 @@
 """sartor: a differentiable MPC whose solutions and derivatives are right, and models tailored to it."""
 
 from sartor.data import Log as Log
+from sartor.descent import Learning as Learning
+from sartor.descent import LevenbergMarquardt as LevenbergMarquardt
+from sartor.imitate import Demonstrations as Demonstrations
+from sartor.imitate import identify as identify
+from sartor.imitate import imitate as imitate
+from sartor.imitate import imitation_loss as imitation_loss
 from sartor.kkt import LQ as LQ
 from sartor.labels import Label as Label
 from sartor.labels import action_gradient as action_gradient
@@ -10,6 +16,9 @@ from sartor.labels import regret_factor as regret_factor
 from sartor.mpc import MPC as MPC
 from sartor.mpc import Episode as Episode
 from sartor.mpc import simulate as simulate
+from sartor.parameters import bounded as bounded
+from sartor.parameters import positive as positive
+from sartor.parameters import values as values
 from sartor.problem import Problem as Problem
 from sartor.problem import Softening as Softening
 from sartor.problem import rollout as rollout

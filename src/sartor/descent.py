@@ -33,9 +33,12 @@ _SAVE_EVERY = 10.0  # [s]
 
 @dataclass(frozen=True)
 class LevenbergMarquardt:
-    """δ = -(JᵀJ + λ diag JᵀJ)⁻¹ Jᵀr on all samples, with the least λ tried that lowers the loss.
+    """δ = -(JᵀJ + λ D)⁻¹ Jᵀr on all samples, with the least λ tried that lowers the loss; D is the largest diagonal of
+    JᵀJ so far, so that a parameter that begins to matter less is not thrown far away.
 
     For few parameters: an epoch costs a derivative of all residuals in each of them.
+
+    References: Moré, The Levenberg-Marquardt Algorithm: Implementation and Theory, 1978.
     """
 
     damping: float = 1e-2
@@ -46,7 +49,7 @@ Optimiser = optax.GradientTransformation | LevenbergMarquardt
 
 
 @dataclass(frozen=True)
-class Config:
+class Learning:
     """How to learn."""
 
     epochs: int = 500
@@ -106,7 +109,7 @@ def minimise(
     objective: Any,
     theta: PyTree,
     data: PyTree,
-    config: Config,
+    config: Learning,
     optimiser: Optimiser,
     groups: Sequence[PyTree],
     validation: PyTree | None = None,
@@ -170,7 +173,7 @@ def evaluate(objective: Any, theta: PyTree, data: PyTree) -> tuple[np.ndarray, n
     return np.asarray(squares), np.asarray(exists)
 
 
-def _over(state: _State, config: Config) -> bool:
+def _over(state: _State, config: Learning) -> bool:
     return int(state.epoch) >= config.epochs or 0 < config.patience <= int(state.stalled)
 
 
@@ -241,9 +244,9 @@ def _gradient_steps(objective, optimiser, begin, fixed, data, order):
 
 
 @eqx.filter_jit
-def _damped_step(objective, free, fixed, damping, data, memory):
+def _damped_step(objective, free, fixed, state, data, memory):
     """A step of Levenberg and Marquardt; none if no damping lowers the loss."""
-    vector, unravel = ravel_pytree(free)
+    (vector, unravel), (damping, size) = ravel_pytree(free), state
 
     def residuals(vector):
         found, exists, now = _residuals(objective, eqx.combine(unravel(vector), fixed), data, memory)
@@ -255,11 +258,12 @@ def _damped_step(objective, free, fixed, damping, data, memory):
     J, r_used = jnp.where(usable[:, None], J, 0.0), jnp.where(usable, r, 0.0)
     H, g = J.T @ J, J.T @ r_used
     before, failed = _mean(jnp.sum(r.reshape(exists.size, -1) ** 2, -1), exists), jnp.sum(~exists)
-    size = jnp.diagonal(H) + 1e-9 * jnp.max(jnp.diagonal(H)) + jnp.finfo(vector.dtype).tiny
+    size = jnp.maximum(size, jnp.diagonal(H))
+    D = jnp.diag(size + 1e-9 * jnp.max(size) + jnp.finfo(vector.dtype).tiny)
 
     def attempt(carry):
         tries, damping, *_ = carry
-        trial = vector - jnp.linalg.solve(H + damping * jnp.diag(size), g)
+        trial = vector - jnp.linalg.solve(H + damping * D, g)
         r, (exists, now) = residuals(trial)
         after = _mean(jnp.sum(r.reshape(exists.size, -1) ** 2, -1), exists)
         lower = (after < before) & (jnp.sum(~exists) <= failed) & jnp.all(jnp.isfinite(trial))
@@ -270,7 +274,7 @@ def _damped_step(objective, free, fixed, damping, data, memory):
     start = (jnp.asarray(0), damping, jnp.asarray(False), vector, now)
     tries, damping, _, vector, now = jax.lax.while_loop(lambda c: ~c[2] & (c[0] < _TRIES), attempt, start)
     damping = jnp.where(tries == 1, jnp.maximum(0.1 * damping, 1e-12), jnp.minimum(damping, 1e6))
-    return unravel(vector), damping, now, before, failed
+    return unravel(vector), (damping, size), now, before, failed
 
 
 def _residuals(objective: Any, theta: PyTree, data: PyTree, memory: Any) -> tuple[Array, Array, Any]:
@@ -287,18 +291,19 @@ def _mean(squares: Array, exists: Array) -> Array:
 
 def _init(optimiser: Optimiser, free: PyTree) -> Any:
     if isinstance(optimiser, LevenbergMarquardt):
-        return jnp.asarray(optimiser.damping, jax.tree.leaves(free)[0].dtype)
+        vector, _ = ravel_pytree(free)
+        return jnp.asarray(optimiser.damping, vector.dtype), jnp.zeros_like(vector)
     return optimiser.init(free)
 
 
-def _order(num_samples: int, config: Config, epoch: int) -> Array:
+def _order(num_samples: int, config: Learning, epoch: int) -> Array:
     """Batches of samples; those that do not fill one are left out of this epoch."""
     batch = min(config.batch, num_samples)
     order = np.random.default_rng((config.seed, epoch)).permutation(num_samples)
     return jnp.asarray(order[: num_samples // batch * batch].reshape(-1, batch))
 
 
-def _fingerprint(objective: Any, config: Config, arrays: PyTree) -> np.ndarray:
+def _fingerprint(objective: Any, config: Learning, arrays: PyTree) -> np.ndarray:
     """Of what the result depends on, functions apart."""
     digest = hashlib.sha256(repr((type(objective).__name__, objective.settings, config)).encode())
     for leaf in jax.tree.leaves(arrays):

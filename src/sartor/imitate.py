@@ -20,7 +20,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from sartor import descent
-from sartor.descent import Config, Learned, Monitor, Optimiser
+from sartor.descent import Learned, Learning, Monitor, Optimiser
 from sartor.problem import Problem, rollout
 from sartor.solution import Solution
 from sartor.solution import guess as make_guess
@@ -30,7 +30,7 @@ from sartor.solvers.sqp import SQP
 
 Where = Callable[[PyTree], Any]
 """where(theta) -> a leaf or several, as `equinox.tree_at` takes it."""
-_DEFAULT = Config()
+_DEFAULT = Learning()
 _PUBLISHED = optax.rmsprop(1e-2, decay=0.5)  # one object: a new one would compile anew
 
 
@@ -49,7 +49,7 @@ def imitate(
     problem: Problem,
     theta: PyTree,
     demonstrations: Demonstrations,
-    config: Config = _DEFAULT,
+    config: Learning = _DEFAULT,
     *,
     learn: Where | Sequence[Where] | None = None,
     validation: Demonstrations | None = None,
@@ -103,7 +103,7 @@ def identify(
     problem: Problem,
     theta: PyTree,
     demonstrations: Demonstrations,
-    config: Config = _DEFAULT,
+    config: Learning = _DEFAULT,
     *,
     learn: Where | Sequence[Where] | None = None,
     validation: Demonstrations | None = None,

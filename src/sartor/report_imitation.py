@@ -109,6 +109,22 @@ def _unrealisable(content: dict[str, Any]) -> Grid:
     return Grid(header, body)
 
 
+def _costs(content: dict[str, Any]) -> Grid:
+    """One line for each case."""
+    header = ["varied", "derivative", "iterations", "horizon", "batch", "solve [ms]", "gradient adds [ms]",
+              "of the solve", "memory [MiB]", "compile [s]"]  # fmt: skip
+    body = []
+    for r in content.get("rows", []):
+        added = r["both"] - r["solve"]
+        memory = f"{r['memory_both'] / 2**20:.2f}" if "memory_both" in r else "–"
+        seconds = f"{r['compile_both']:.1f}" if "compile_both" in r else "–"
+        body.append([
+            r["varied"], r["derivative"], *(str(r[k]) for k in ("iterations", "horizon", "batch")),
+            f"{1e3 * r['solve']:.2f}", f"{1e3 * added:.2f}", f"{added / r['solve']:.0%}", memory, seconds,
+        ])  # fmt: skip
+    return Grid(header, body)
+
+
 _TIMING = Part("timing", "Where the time went", "timing.json", "Wall-clock time by phase of the run.", tables.seconds)
 IMITATION = Report(
     "imitation",
@@ -176,4 +192,28 @@ UNREALISABLE = Report(
     ),
     lambda files: _as_table(_unrealisable(files.get("trials.json", {})), tuple(range(6))),
 )  # fmt: skip
-REPORTS = (IMITATION, LQR, UNREALISABLE)
+SOLVER_COST = Report(
+    "solver-cost",
+    "What a derivative costs",
+    (
+        Part(
+            "solver_cost", "Time and memory", "cases.json",
+            "Medians, one core. The implicit derivative takes the solver's own end, where it stops when it has "
+            "converged; that through the iterations always takes all of them.",
+            _costs, figures.solver_cost,
+        ),
+        _TIMING,
+    ),
+    Grid(
+        ["word", "meaning"],
+        [
+            ["implicit", "from the KKT conditions at the solution, by one factorisation"],
+            ["unroll", "through exactly so many iterations of the solver"],
+            ["mpc.pytorch", "Amos's implementation, derivative at the last linear-quadratic approximation"],
+            ["gradient adds", "time of solve and gradient together less that of the solve alone"],
+            ["memory", "beside inputs and outputs, of solve and gradient together, as the compiler plans it"],
+        ],
+    ),
+    lambda files: _as_table(_costs(files.get("cases.json", {})), (0, 1, 2, 3, 4, 5, 6)),
+)  # fmt: skip
+REPORTS = (IMITATION, LQR, UNREALISABLE, SOLVER_COST)

@@ -21,7 +21,7 @@ import optax
 import tyro
 
 from sartor import descent
-from sartor.descent import Config as Descent
+from sartor.descent import Learning
 from sartor.experiments.imitation_network import Planner, Plans
 from sartor.experiments.imitation_systems import System, Theta, demonstrate, system
 from sartor.experiments.jobs import Job, Monitor
@@ -138,7 +138,7 @@ def learn(output: Path, trial: Trial, config: Config, monitor: Any) -> None:
 def _parameters(output: Path, here: System, trial: Trial, config: Config, data: tuple, monitor: Any) -> tuple:
     """The methods that know the form of the controller."""
     training, validation, test = data
-    how = Descent(config.epochs, patience=config.patience, seed=trial.seed)
+    how = Learning(config.epochs, patience=config.patience, seed=trial.seed)
     options = {"checkpoint": output.with_suffix(".npz"), "monitor": monitor, "validation": validation}
     true, start = here.true, here.start
     if trial.method == "sysid":
@@ -163,7 +163,7 @@ def _network(output: Path, here: System, trial: Trial, config: Config, data: tup
     single = lambda some: jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), some)
     training, validation, test = map(single, data)
     network = Planner(len(here.start.goal) - 1, key=jax.random.key(trial.seed))
-    how = Descent(config.network_epochs, patience=config.patience, seed=trial.seed, restart=0)
+    how = Learning(config.network_epochs, patience=config.patience, seed=trial.seed, restart=0)
     learned = descent.minimise(
         Plans(), network, training, how, _ADAM, [descent.every(network)], validation,
         checkpoint=output.with_suffix(".npz"), monitor=monitor,

@@ -20,8 +20,7 @@ import numpy as np
 import tyro
 from jaxtyping import Array, Float
 
-from sartor.descent import Config as Descent
-from sartor.descent import Curve, LevenbergMarquardt
+from sartor.descent import Curve, Learning, LevenbergMarquardt
 from sartor.experiments.jobs import Job, Monitor
 from sartor.experiments.run_folder import opened
 from sartor.files import read_json, write_json
@@ -34,8 +33,8 @@ HORIZON = 4  # the 5 controls of the paper less the last one, which moves no sta
 Method = Literal["rmsprop", "gauss_newton", "starts"]
 _PRESETS: dict[str, dict[str, Any]] = {
     "smoke": dict(seeds=2, iterations=40, steps=10, starts=2),
-    "quick": dict(seeds=8, iterations=2000, steps=100, starts=4),
-    "paper": dict(seeds=8, iterations=5000, steps=100, starts=4),
+    "quick": dict(seeds=8, iterations=2000, steps=40, starts=12),
+    "paper": dict(seeds=8, iterations=5000, steps=40, starts=12),
 }
 _POINTS = 300  # of a curve that is kept
 RECOVERED = 1e-4  # model loss below which the true model counts as found
@@ -110,10 +109,10 @@ def learn(output: Path, method: Method, seed: int, config: Config, monitor: Any)
     begun = time.perf_counter()
     if method == "rmsprop":
         batches = max(1, config.samples // config.batch)
-        how = Descent(epochs=-(-config.iterations // batches), batch=config.batch, seed=seed, restart=0)
+        how = Learning(epochs=-(-config.iterations // batches), batch=config.batch, seed=seed, restart=0)
         optimiser, starts = None, 1
     else:
-        how = Descent(epochs=config.steps, patience=8, seed=seed, restart=0)
+        how = Learning(epochs=config.steps, patience=8, seed=seed, restart=0)
         optimiser, starts = LevenbergMarquardt(), config.starts if method == "starts" else 1
     tried = []
     for start in range(starts):

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from sartor.descent import Config as Descent
+from sartor.descent import Learning
 from sartor.experiments.imitation_systems import Theta, demonstrate, system, windy
 from sartor.experiments.jobs import Job, Monitor
 from sartor.experiments.run_folder import opened
@@ -94,7 +94,7 @@ def learn(output: Path, method: Method, seed: int, config: Config, monitor: Any)
 
     begun = time.perf_counter()
     train = identify if method == "sysid" else imitate
-    how = Descent(config.epochs, seed=seed)
+    how = Learning(config.epochs, seed=seed)
     learned = train(learner.problem, begin, training, how, learn=_dx, monitor=monitor, after_epoch=look)
     epochs, imitation, transition = zip(*points, strict=True)
     found = {name: float(value) for name, value in values(learned.theta).dx._asdict().items()}

@@ -101,6 +101,35 @@ def unrealisable(content: dict[str, Any]) -> Figure | None:
     return fig
 
 
+def solver_cost(content: dict[str, Any]) -> Figure | None:
+    """Time of a solve (dashed) and of what the gradient adds (solid), and memory of both (the paper's Fig. 2)."""
+    rows: Rows = content.get("rows", [])
+    if not rows:
+        return None
+    varied = _distinct(rows, "varied")
+    fig = Figure(figsize=(1.0 + 3.4 * len(varied), 6.0))
+    axes = fig.subplots(2, len(varied), squeeze=False, sharex="col", sharey="row")
+    looks = dict(zip(("implicit", "unroll", "mpc.pytorch"), (ORANGE, BLUE, GREY), strict=True))
+    for (times, memory), name in zip(axes.T, varied, strict=True):
+        key = "iterations" if name == "iterations" else name
+        for derivative in _distinct(rows, "derivative"):
+            mine = [r for r in rows if (r["varied"], r["derivative"]) == (name, derivative)]
+            x, look = [r[key] for r in mine], {"color": looks[derivative], "marker": "o", "ms": 3}
+            times.plot(x, [1e3 * r["solve"] for r in mine], ls="--", label=f"{derivative}: solve", **look)
+            added = [1e3 * max(r["both"] - r["solve"], 1e-6) for r in mine]
+            times.plot(x, added, ls="-", label=f"{derivative}: gradient", **look)
+            if all("memory_both" in r for r in mine):
+                memory.plot(x, [r["memory_both"] / 2**20 for r in mine], ls="-", **look)
+        for ax in (times, memory):
+            ax.set_xscale("log")
+            ax.set_yscale("log")
+        memory.set_xlabel("largest number of iterations" if name == "iterations" else name)
+    axes[0, 0].set_ylabel("time [ms]")
+    axes[1, 0].set_ylabel("memory [MiB]")
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return fig
+
+
 def color(method: str) -> str:
     """Of a method, in all figures."""
     return _COLORS.get(method, MUSTARD if method else INK)
