@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = [path for path in sorted((ROOT / "examples").glob("*.py")) if path.stem != "tailor_your_own"]  # see below
+EXAMPLES = [path for path in sorted((ROOT / "examples").glob("*.py")) if "your_own" not in path.stem]  # see below
 
 
 def test_readme_shows_the_twenty_lines():
@@ -34,3 +34,11 @@ def test_a_tailored_model_tracks_better(capsys, tmp_path, monkeypatch):
     before, after = map(float, re.findall(r"error (\S+) rad before, (\S+) after", capsys.readouterr().out)[0])
     assert after < 0.5 * before
     assert (tmp_path / "tailored.npz").exists()
+
+
+@pytest.mark.slow
+def test_the_cost_of_a_controller_is_learned_from_its_log(capsys):
+    runpy.run_path(str(ROOT / "examples" / "imitate_your_own.py"), run_name="__main__")
+    numbers = [float(text) for text in re.findall(r"-?\d+\.\d*(?:e[+-]?\d+)?", capsys.readouterr().out)]
+    assert numbers[1] < 1e-12 < 0.1 < numbers[0]
+    np.testing.assert_allclose(numbers[2:], [1.0, 0.2, 0.05, 0.5], rtol=1e-6)
