@@ -31,6 +31,14 @@ def test_the_whole_table_has_the_size_that_was_asked_for():
     assert len(alone) == 7 * 2 * 5 and all(cell.config(PAPER).anchor == 0.0 for cell in alone)
 
 
+def test_the_recipe_of_a_small_network_begins_where_its_single_round_does():
+    name = "[8, 8], LSTM of 8"
+    one, recipe = (Cell(0, "stand", 4, 0, "capacity", variant) for variant in (name, f"{name}, recipe"))
+    assert recipe.start == one.start == "pretrained-0-8_8_lstm_of_8" and recipe.name != one.name
+    assert recipe.config(PAPER).rounds == 2 and recipe.config(PAPER).hidden == 8
+    assert Cell(0, "stand", 4, 0, "capacity", "[8, 8]").start == "pretrained-0-8_8"
+
+
 def test_variants_change_fields_that_exist_and_say_so_in_their_names():
     fields = PAPER.__dataclass_fields__
     for variants in VARIANTS.values():

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 Study = Literal["ablation", "alone", "capacity", "recipe", "recipe_quick", "rounds"]
 
 _BOTH = ("stand", "ours")
+_RECIPE = {"rounds": 2, "finetune_payloads": 100}
 VARIANTS: dict[str, list[tuple[str, tuple[str, ...], dict[str, Any]]]] = {
     "ablation": [
         ("trajectory error", ("ours",), {"error": "trajectory"}),
@@ -43,19 +44,18 @@ VARIANTS: dict[str, list[tuple[str, tuple[str, ...], dict[str, Any]]]] = {
         ("[16, 12]", _BOTH, {"widths": (16, 12)}),
         ("5 LSTMs of 10", _BOTH, {"hidden": 10, "num_layers": 5}),
         ("[60, 40]", _BOTH, {"widths": (60, 40)}),
+        ("[16, 12], recipe", ("stand_env",), {"widths": (16, 12), **_RECIPE}),
+        ("[8, 8], recipe", ("stand_env",), {"widths": (8, 8), **_RECIPE}),
+        ("[8, 8], LSTM of 8, recipe", ("stand_env",), {"widths": (8, 8), "hidden": 8, **_RECIPE}),
     ],
-    "recipe": [("two rounds, 100 payloads", ("stand_env",), {"rounds": 2, "finetune_payloads": 100})],
+    "recipe": [("two rounds, 100 payloads", ("stand_env",), _RECIPE)],
     "recipe_quick": [("two rounds", ("stand_env",), {"rounds": 2})],
     "rounds": [
         ("two rounds", ("stand", "ours", "stand_env", "regret"), {"rounds": 2}),
         ("one round, as many gradient steps as two", ("stand",), {"epochs": 21}),
         ("two rounds, dither", ("stand",), {"rounds": 2, "dither": 0.02}),
-        ("two rounds, 100 payloads", ("stand", "regret"), {"rounds": 2, "finetune_payloads": 100}),
-        (
-            "two rounds, 100 payloads, anchor of 1",
-            ("stand",),
-            {"rounds": 2, "finetune_payloads": 100, "anchor": 1.0},
-        ),
+        ("two rounds, 100 payloads", ("stand", "regret"), _RECIPE),
+        ("two rounds, 100 payloads, anchor of 1", ("stand",), {**_RECIPE, "anchor": 1.0}),
         (
             "one round, 100 payloads, as many gradient steps as two",
             ("stand",),
@@ -98,14 +98,12 @@ class Cell(NamedTuple):
     @property
     def start(self) -> str:
         """Name of the pretrained model that it starts from."""
-        own = any(name in overrides(self) for name in OF_MODEL)
-        return f"pretrained-{self.model}{suffix(self.variant) if own else ''}"
+        return f"pretrained-{self.model}{_first_with(self, OF_MODEL)}"
 
     @property
     def labels(self) -> str:
         """Folder of its labels."""
-        own = any(name in overrides(self) for name in OF_LABELS)
-        return f"labels{suffix(self.variant) if own else ''}"
+        return f"labels{_first_with(self, OF_LABELS)}"
 
 
 def cells(config: Any) -> list[Cell]:
@@ -117,6 +115,14 @@ def cells(config: Any) -> list[Cell]:
 def overrides(cell: Cell) -> dict[str, Any]:
     """Fields of the configuration that differ for a cell."""
     return next((changed for name, _, changed in VARIANTS.get(cell.study, []) if name == cell.variant), {})
+
+
+def _first_with(cell: Cell, names: tuple[str, ...]) -> str:
+    """Suffix of the first variant of the study with the same values of some fields; variants with them share files."""
+    of_names = lambda changed: {name: changed[name] for name in names if name in changed}
+    mine = of_names(overrides(cell))
+    variants = VARIANTS.get(cell.study, []) if mine else []
+    return next((suffix(name) for name, _, changed in variants if of_names(changed) == mine), "")
 
 
 def suffix(variant: str) -> str:
