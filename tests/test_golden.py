@@ -82,8 +82,7 @@ def test_sensitivities_to_the_parameters_are_the_golden_ones(case):
 
 @pytest.fixture(scope="module")
 def arm():
-    names = ("z", "ref", "x0", "us", "xs", "pi", "du0_de", "du0_dx0", "dJdu0")
-    data, problem = {name: cadelac.DATA[name][::3] for name in names}, cadelac.problem()  # all of them take a minute
+    data, problem = cadelac.DATA, cadelac.problem()
 
     def one(z, reference, x0):
         theta, guess = (z, reference), sartor.guess(reference.at[0].set(x0), jnp.zeros((12, 7)))
@@ -102,6 +101,7 @@ def test_the_arm_moves_as_the_golden_one():
     np.testing.assert_allclose(x1, data["check_F_x0_u0"], atol=1e-11)
 
 
+@pytest.mark.slow
 def test_arm_reaches_the_golden_trajectory(arm):
     data, sol, _, _ = arm
     assert np.all(sol.successful)
@@ -110,14 +110,16 @@ def test_arm_reaches_the_golden_trajectory(arm):
     assert largest_relative(sol.lams[:, 1:], data["pi"]).max() < 1e-5
 
 
+@pytest.mark.slow
 def test_arm_error_sensitivities_are_the_golden_ones(arm):
     data, _, du0_dlams, _ = arm
     assert largest_relative(du0_dlams[:, :, 1:], data["du0_de"]).max() < 1e-5
     assert largest_relative(du0_dlams[:, :, 0], data["du0_dx0"]).max() < 1e-5
 
 
+@pytest.mark.slow
 def test_curvature_gives_the_golden_slopes_away_from_bounds(arm):
     # The slope at ±0.1 Nm is Λ ε but for third-order terms; the difference of the signs cancels the bounds' part.
     data, _, _, Lambda = arm
     slopes = 0.5 * (data["dJdu0"][:, :, 0] - data["dJdu0"][:, :, 1])
-    assert largest_relative(cadelac.DATA["action_eps"] * Lambda, slopes).max() < 1e-5
+    assert largest_relative(data["action_eps"] * Lambda, slopes).max() < 1e-5

@@ -132,7 +132,7 @@ def test_levenberg_and_marquardt_recover_what_controls_identify():
     )
     np.testing.assert_allclose(jax.tree.leaves(values(learned.theta)), TRUE, rtol=1e-6)
     assert learned.curve.train[-1] < 1e-16 < 1e-3 < learned.curve.train[0] and len(learned.curve.train) < 30
-    assert np.all(np.diff(learned.curve.train) <= 0) and learned.curve.failed.sum() == 0
+    assert np.all(np.diff(learned.curve.train) <= 1e-20) and learned.curve.failed.sum() == 0
 
 
 def test_rmsprop_learns_with_batches_and_leaves_the_rest_alone():
@@ -189,6 +189,7 @@ def with_goal(theta, context):
     return theta._replace(goal=context)
 
 
+@pytest.mark.slow
 def test_a_context_of_each_demonstration_reaches_the_problem():
     goals = np.linspace(-0.5, 0.5, 12)
     theta = lambda goal: Theta(*map(jnp.asarray, TRUE))._replace(goal=goal)

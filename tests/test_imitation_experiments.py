@@ -47,6 +47,7 @@ def test_the_windy_pendulum_is_the_plain_one_without_damping_and_wind():
         np.testing.assert_allclose(step(only_wind)[2], step(plain, turned)[2], rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_demonstrations_follow_the_dynamics_and_depend_on_the_seed_alone():
     here = system("pendulum")
     some, again, other = (demonstrate(here, 5, seed) for seed in (0, 0, 1))
@@ -56,6 +57,7 @@ def test_demonstrations_follow_the_dynamics_and_depend_on_the_seed_alone():
     np.testing.assert_allclose(np.stack(ahead), some.xs[0, 1:], atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_run_of_the_linear_expert_resumes_to_the_same_numbers(tmp_path):
     config = imitation_lqr.Config(preset="smoke", methods=("starts",), workers=0, samples=16)
     imitation_lqr.run(config, tmp_path)

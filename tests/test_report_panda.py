@@ -168,7 +168,7 @@ def test_results_name_the_command_and_no_path_of_this_machine(whole):
     tables = re.findall(r"\n(\|.*?)\n\n", text, re.S)
     assert len(tables) == sum(part.grid is not None for part in REPORT.parts) and '| preset | "smoke" |' in text
     assert all(len({row.count("|") for row in table.splitlines()}) == 1 for table in tables)
-    assert text.count("From `evaluations.parquet` of") == 3
+    assert text.count("From `evaluations.parquet` of") == 4
     assert "| ours | 0 | 10240 | 12 | 93.0% | 151 |" in text and "| pretrain | 204.5 | 32% |" in text
 
 

@@ -115,7 +115,21 @@ def identify(
 ) -> Learned:
     """System identification: learn leaves of θ such that the dynamics predict the demonstrated transitions.
 
-    Arguments and the rest as `imitate`, which also needs no states.
+    Args:
+        problem: Its dynamics are used.
+        theta: Where to begin.
+        demonstrations: What to predict; all their states count.
+        config: How long, and how.
+        learn: The leaves that learn, as of `imitate`.
+        validation: Other demonstrations, to choose the epoch by.
+        optimiser: As of `imitate`.
+        theta_of: As of `imitate`.
+        checkpoint: As of `imitate`.
+        monitor: As of `imitate`.
+        after_epoch: As of `imitate`.
+
+    Returns: as `imitate`, with the mean squared error of the predicted states as the loss.
+    Fails: as `imitate`.
     """
     objective = _Transitions(problem, theta_of)
     for name, data in (("demonstrations", demonstrations), ("validation", validation)):
@@ -130,7 +144,21 @@ def imitation_loss(
     problem: Problem, theta: PyTree, demonstrations: Demonstrations, *, solver: AbstractSolver | None = None,
     theta_of: Callable | None = None, states: float = 0.0, scales: Any = 1.0, nearest: bool = False,
 ) -> Float[np.ndarray, " B"]:  # fmt: skip
-    """(D18) of every demonstration; NaN where the solve fails. Arguments as in `imitate`."""
+    """(D18) of every demonstration.
+
+    Args:
+        problem: The problem that the MPC solves.
+        theta: Its parameters.
+        demonstrations: What it is compared with.
+        solver: As of `imitate`.
+        theta_of: As of `imitate`.
+        states: As of `imitate`.
+        scales: As of `imitate`.
+        nearest: As of `imitate`.
+
+    Returns: one number for each demonstration; NaN where the solve fails.
+    Fails: `ValueError` for wrong input.
+    """
     _check("demonstrations", problem, demonstrations, states)
     objective = _imitation(problem, solver, theta_of, states, scales, nearest)
     squares, exists = descent.evaluate(objective, theta, demonstrations)

@@ -40,7 +40,14 @@ class Bounded(eqx.Module):
 
 
 def positive(value: Any) -> Positive:
-    """A positive parameter that begins at `value` (a number or an array, all > 0)."""
+    """A positive parameter, for θ.
+
+    Args:
+        value: Where it begins: a number or an array, all above zero.
+
+    Returns: the parameter; `values` gives the number back.
+    Fails: `ValueError` for a value that is not positive.
+    """
     value = _floating(value)
     if not np.all(np.asarray(value) > 0):
         raise ValueError(f"value must be positive, not {value}.")
@@ -48,7 +55,16 @@ def positive(value: Any) -> Positive:
 
 
 def bounded(value: Any, low: float, high: float) -> Bounded:
-    """A parameter that begins at `value` and stays within low..high, bounds excluded."""
+    """A parameter that stays between two numbers, for θ.
+
+    Args:
+        value: Where it begins: a number or an array, all inside.
+        low: Lower bound, excluded.
+        high: Upper bound, excluded.
+
+    Returns: the parameter; `values` gives the number back.
+    Fails: `ValueError` for a value outside, or bounds that are not finite or not in order.
+    """
     value = _floating(value)
     if not (low < high and np.isfinite(low) and np.isfinite(high)):
         raise ValueError(f"low and high must be finite, low below high, not {low} and {high}.")
@@ -59,7 +75,14 @@ def bounded(value: Any, low: float, high: float) -> Bounded:
 
 
 def values(theta: PyTree) -> PyTree:
-    """The same tree with numbers and arrays in the places of `positive` and `bounded` parameters."""
+    """Plain numbers and arrays in the places of `positive` and `bounded` parameters.
+
+    Args:
+        theta: Any pytree.
+
+    Returns: the same tree otherwise.
+    Gradients: of the transforms.
+    """
     wrapped = lambda leaf: isinstance(leaf, Positive | Bounded)
     return jax.tree.map(lambda leaf: leaf.value if wrapped(leaf) else leaf, theta, is_leaf=wrapped)
 

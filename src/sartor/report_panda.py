@@ -111,8 +111,11 @@ _PARTS = (
         "capacity",
         "Size of the network",
         "evaluations.parquet",
-        "Cost of smaller and larger networks in percent of stand with the networks of the main study.",
-        figure=costs.capacity,
+        "Inertia and potential networks, and the encoder where it is not one LSTM of 24. Published are [30, 20] with "
+        "five LSTMs of 10; the main study has [30, 20] with one of 24. Two runs are too few for an interval over "
+        "trainings: read it as one over payloads.",
+        tables.sizes,
+        costs.capacity,
     ),
     Part(
         "studies",

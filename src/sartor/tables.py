@@ -12,6 +12,8 @@ from sartor.figures.costs import RECIPES, headline_p, tuned
 from sartor.figures.style import PROTOCOLS, order
 from sartor.pairing import BASELINES, Arm
 
+PUBLISHED_SIZE = "5 LSTMs of 10"
+"""Variant of the capacity study with the sizes that are published."""
 WHERE: tuple[pairing.Where, ...] = ("all", "unsaturated", "saturated")
 
 
@@ -85,7 +87,7 @@ def studies(rows: pairing.Table) -> Grid:
               "head-room closed", "of stand, this variant", "of the weighting, main", "J median", "unstable",
               "runs"]  # fmt: skip
     body = []
-    for study in (s for s in dict.fromkeys(rows["study"].tolist()) if s not in ("main", *RECIPES)):
+    for study in (s for s in dict.fromkeys(rows["study"].tolist()) if s not in ("main", "capacity", *RECIPES)):
         for arm in (arm for arms in tuned(rows, study).values() for arm in arms):
             s, stand = attempt(evaluate.summary, rows, arm), Arm("stand", arm.p)
             if s is None:
@@ -99,6 +101,22 @@ def studies(rows: pairing.Table) -> Grid:
             runs = len(pairing.costs(rows, arm))
             numbers = [f"{s['J_median']:.3g}", f"{s['unstable']:.0f} of {s['episodes']}", str(runs)]
             body.append([study, arm.method, arm.variant, str(arm.p), *map(percent, ratios), *numbers])
+    return Grid(header, body)
+
+
+def sizes(rows: pairing.Table) -> Grid:
+    """Networks of all sizes against `stand` with the published size, and with that of the main study."""
+    header = ["networks", "weighting", "of stand, published size: validation", "test", "unsaturated",
+              "of stand, main study: validation", "test", "unsaturated", "unstable", "runs"]  # fmt: skip
+    arms, body = [arm for of_p in tuned(rows, "capacity").values() for arm in of_p], []
+    for arm in arms:
+        published, main = Arm("stand", arm.p, "capacity", PUBLISHED_SIZE), Arm("stand", arm.p)
+        views = ({"split": "validation"}, {}, {"where": "unsaturated"})
+        ratios = [attempt(evaluate.ratio, rows, arm, base, **view) for base in (published, main) for view in views]
+        s = attempt(evaluate.summary, rows, arm)
+        if s is not None and any(ratios):
+            counts = [f"{s['unstable']:.0f} of {s['episodes']}", str(len(pairing.costs(rows, arm)))]
+            body.append([arm.variant, arm.method, *map(percent, ratios), *counts])
     return Grid(header, body)
 
 
