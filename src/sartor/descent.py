@@ -138,9 +138,9 @@ def minimise(
     data, validation = jax.tree.map(jnp.asarray, (data, validation))
     free, fixed = eqx.partition(theta, jax.tree.map(lambda *on: any(on), *groups))
     begin = lambda theta: tuple(_begin(objective, theta, d) for d in (data, validation) if d is not None)
-    memory, mark = begin(theta), _fingerprint(objective, config, (theta, data, validation, groups))
+    memory, mark = begin(theta), _fingerprint(objective, config, optimiser, (theta, data, validation, groups))
     state = _State(
-        free, [_init(optimiser, eqx.filter(free, group)) for group in groups], memory, free, jnp.asarray(np.inf), 
+        free, [_init(optimiser, eqx.filter(free, group)) for group in groups], memory, free, jnp.asarray(np.inf),
         jnp.asarray(0), jnp.asarray(0), np.full((3, config.epochs), np.nan),
     )  # fmt: skip
     state = _resume(checkpoint, mark, state)
@@ -303,9 +303,10 @@ def _order(num_samples: int, config: Learning, epoch: int) -> Array:
     return jnp.asarray(order[: num_samples // batch * batch].reshape(-1, batch))
 
 
-def _fingerprint(objective: Any, config: Learning, arrays: PyTree) -> np.ndarray:
-    """Of what the result depends on, functions apart."""
-    digest = hashlib.sha256(repr((type(objective).__name__, objective.settings, config)).encode())
+def _fingerprint(objective: Any, config: Learning, optimiser: Optimiser, arrays: PyTree) -> np.ndarray:
+    """Of what the result depends on, functions apart: those of optax have no lasting name."""
+    how = optimiser if isinstance(optimiser, LevenbergMarquardt) else "optax"
+    digest = hashlib.sha256(repr((type(objective).__name__, objective.settings, config, how)).encode())
     for leaf in jax.tree.leaves(arrays):
         if eqx.is_array_like(leaf):
             digest.update(np.asarray(leaf).tobytes())
