@@ -44,21 +44,29 @@ def run(config: Config, out: Path, monitor: Monitor | None = None, command: str 
         _excite(config, out, workers)
         _pretrain(out, workers, {f"pretrained-{m}": (config, m) for m in range(config.models)})
         _test(out, workers, _baselines(config))
-        for part in _parts(chosen):
-            tests = {c.final(config): ("model", config, c.final(config), c.model == c.seed == 0) for c in part}
-            if all((out / "tests" / f"{name}.json").exists() for name in tests):
-                continue
-            _pretrain(out, workers, {cell.start: (cell.config(config), cell.model) for cell in part})
-            for number in range(1, 1 + max(cell.config(config).rounds for cell in part)):
-                mine = [cell for cell in part if cell.config(config).rounds >= number]
-                _collect(config, out, workers, mine, number)
-                _finetune(config, out, workers, mine, number)
-            _test(out, workers, tests)
-            gather(config, out)  # so that what there is can be looked at
+        first = [cell for cell in chosen if cell.p == config.rollouts[0]]
+        for part in _parts(first):
+            _compare(config, out, workers, part)
         _speed(config, out, workers, chosen)
-        _protocols(config, out, workers, chosen)
         _truth(config, out, workers, chosen)
+        _protocols(config, out, workers, chosen)
+        for part in _parts([cell for cell in chosen if cell not in first]):
+            _compare(config, out, workers, part)
         gather(config, out)
+
+
+def _compare(config: Config, out: Path, workers: Workers, part: list[Cell]) -> None:
+    """Collect, label, fine-tune and test for some of the models."""
+    tests = {c.final(config): ("model", config, c.final(config), c.model == c.seed == 0) for c in part}
+    if all((out / "tests" / f"{name}.json").exists() for name in tests):
+        return
+    _pretrain(out, workers, {cell.start: (cell.config(config), cell.model) for cell in part})
+    for number in range(1, 1 + max(cell.config(config).rounds for cell in part)):
+        mine = [cell for cell in part if cell.config(config).rounds >= number]
+        _collect(config, out, workers, mine, number)
+        _finetune(config, out, workers, mine, number)
+    _test(out, workers, tests)
+    gather(config, out)  # so that what there is can be looked at
 
 
 def _parts(chosen: list[Cell]) -> list[list[Cell]]:
