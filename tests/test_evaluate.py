@@ -64,6 +64,18 @@ def test_metrics_of_an_episode_are_the_formula(rng):
     assert out["saturated"] == 0.25 and out["unstable"] and out["ee_rmse"] == pytest.approx(0.03)
 
 
+def test_a_loop_far_worse_than_before_training_is_unstable():
+    row = lambda method, J, model=0, environment=1: {
+        "method": method, "J": J, "model": model, "environment": environment, "unstable": False,
+    }  # fmt: skip
+    rows = [
+        row("pretrained", 2.0), row("pretrained", 9.0, model=1), row("nominal", 90.0, model=-1), row("ours", 5.9),
+        row("ours", 6.1), row("ours", 6.1, model=1), row("ours", np.inf, environment=2),
+    ]  # fmt: skip
+    evaluate.mark_unstable(rows)
+    assert [r["unstable"] for r in rows] == [False, False, False, False, True, False, False]
+
+
 @pytest.mark.parametrize("speed, unstable", [(0.4, False), (0.6, True), (np.nan, True), (np.inf, True)])
 def test_unstable_is_fast_or_not_finite(speed, unstable):
     xs, us, u_max = np.zeros((11, 4)), np.zeros((10, 2)), np.ones(2)

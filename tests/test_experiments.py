@@ -75,6 +75,9 @@ def test_another_run_in_the_same_folder_is_refused(finished):
         ({"tests": 21}, "tests must be at most 20"),
         ({"weightings": ("ours",)}, "must contain 'stand'"),
         ({"seeds": -1}, "seeds must be at least 0"),
+        ({"learning_rate": -1.0}, "learning_rate must lie between 0 and 1"),
+        ({"share": 2.0}, "share must lie between 0 and 1"),
+        ({"widths": (0, 8)}, "widths must be at least 1"),
         ({"share": 0.5}, "share mixes weights of single entries; those of .*regret"),
     ],
 )

@@ -230,6 +230,9 @@ def test_an_interruption_changes_nothing(optimiser, tmp_path, monkeypatch):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(ValueError, match="delete it"):
         imitate(PROBLEM, START, HELD_OUT, config, optimiser=optimiser, checkpoint=tmp_path / "state.npz", **options)
+    other = optax.rmsprop(2e-2, decay=0.5) if optimiser is RMSPROP else LevenbergMarquardt(damping=1.0)
+    with pytest.raises(ValueError, match="delete it"):
+        imitate(PROBLEM, START, DATA, config, optimiser=other, checkpoint=tmp_path / "state.npz", **options)
 
 
 def test_failed_solves_are_left_out_and_counted():

@@ -1,5 +1,7 @@
 """What the Panda experiment varies, how labels are combined, and how they are compared with the truth."""
 
+from typing import NamedTuple
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from sartor.experiments import panda_jobs as jobs
 from sartor.experiments.panda import Config
 from sartor.experiments.panda_studies import VARIANTS, Cell, cells
-from sartor.experiments.panda_truth import correlations
+from sartor.experiments.panda_truth import EPS, branches, correlations
 from sartor.experiments.panda_weights import closed_loop_labels, combined, weights
 from sartor.files import save_arrays
 from sartor.samples import Windows
@@ -153,21 +155,74 @@ def test_rank_correlations_are_one_for_labels_that_are_the_truth_and_less_for_ot
     slope = rng.normal(size=(count, 7))
     found |= {"curvature": curvature, "slope": slope, "Lambda": curvature[:, :, None] * np.eye(7)}
     found["dJ_du0"] = np.abs(slope) ** 3
-    true = np.abs(np.einsum("bj,bjx->bx", slope, found["du0_de"][:, :, 0, :7]))
+    true = np.abs(np.einsum("bj,bjkx->bkx", slope, found["du0_de"][:, :, :2, :7]))
     found["S"] = np.zeros((count, 12, 14))
-    found["S"][:, 0, :7] = true
-    slope[0, 0] = np.nan  # next to a torque limit
+    found["S"][:, :2, :7] = true
+    found |= {"S_gauss_newton": 2.0 * found["S"], "S_barrier": found["S"] ** 2}
+    curvature[0, 0] = np.nan  # next to a torque limit
     half = lambda part: {name: value[part] for name, value in found.items()}
     save_arrays(tmp_path / "model-0-15.npz", **half(slice(0, 12)))
     save_arrays(tmp_path / "model-0-30.npz", **half(slice(12, None)))
     files = [tmp_path / "model-0-15.npz", tmp_path / "model-0-30.npz"]
-    rows = {(row["variant"], row["quantity"]): row for row in correlations([files])}
-    for key in (
-        ("Λ, diagonal", "curvature"), ("ours: |dJ/du|", "|slope|"), ("ours", "S of eq. 4"),
-        ("regret, diagonal of Λ", "regret, true curvature"),
-    ):  # fmt: skip
-        assert rows[key]["n"] == count - 1
+    rows = {(row["variant"], row["quantity"]): row for row in correlations([files], 2)}
+    for key, known in {
+        ("Λ, diagonal", "curvature"): count - 1, ("ours: |dJ/du|", "|slope|"): count, ("ours", "S of eq. 4"): count,
+        ("ours, Gauss-Newton", "S of eq. 4"): count, ("ours, barrier 0.001", "S of eq. 4"): count,
+        ("regret, diagonal of Λ", "regret, true curvature"): count - 1,
+    }.items():  # fmt: skip
+        assert rows[key]["n"] == known
         assert all(rows[key][kind] == pytest.approx(1.0) for kind in ("overall", "joints", "samples")), key
+    row = rows["ours, trajectory error", "S of eq. 4, trajectory error"]
+    assert 0.3 < row["overall"] < 1.0  # slopes to the third power
     for control in ("closed_loop", "ours_shuffled"):
         assert abs(rows[control, "S of eq. 4"]["overall"]) < 0.3
     assert np.isnan(rows["ours_avg", "S of eq. 4"]["samples"])  # it does not depend on the sample
+
+
+class Pushed:
+    """Robots whose position is the torque that was applied."""
+
+    def __init__(self, count):
+        self.us = np.zeros((count, 7))
+
+    def __len__(self):
+        return len(self.us)
+
+    def repeat(self, which):
+        return Pushed(len(which))
+
+    def step(self, u):
+        self.us = np.clip(u, -np.asarray(panda.U_MAX), np.asarray(panda.U_MAX))
+        return np.concatenate([self.us, np.zeros_like(self.us)], 1)
+
+
+class Constant:
+    """A controller that applies the same torques at all times."""
+
+    def __init__(self, us):
+        self.us = us
+
+    def control(self, loop, x, refs, first):
+        return (
+            self.us[: len(x)] if len(x) == len(self.us) else np.tile(self.us, (len(x) // len(self.us), 1)),
+            loop,
+            None,
+        )
+
+
+class Carried(NamedTuple):
+    u: np.ndarray
+
+
+def test_branches_measure_slope_and_curvature_and_take_one_side_next_to_a_limit():
+    limit = np.asarray(panda.U_MAX)
+    us = np.stack([np.linspace(-3, 3, 7), np.r_[limit[:2], -limit[2:4], 0.5 * limit[4:]]])
+    refs = np.random.default_rng(0).normal(size=(2, 60, 14))
+    slope, curvature = branches(Pushed(2), Constant(us), Carried(us), np.zeros((2, 14)), refs, True)
+    weight = panda.DT * np.asarray(panda.WEIGHTS)[:7]
+    away = np.zeros((2, 7))
+    away[1, :4] = 0.5 * EPS * np.array([-1, -1, 1, 1])
+    np.testing.assert_allclose(slope, weight * (us + away - refs[:, 1, :7]), rtol=1e-9)
+    expected = np.tile(weight, (2, 1))
+    expected[1, :4] = np.nan
+    np.testing.assert_allclose(curvature, expected, rtol=1e-6)

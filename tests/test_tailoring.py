@@ -73,6 +73,7 @@ def test_a_log_becomes_labels_and_a_better_model(files, capsys):
     "more, message",
     [
         (["--positions", "a", "b"], "no column"),
+        (["--no-velocities", "--velocities", "v1", "v2"], "leave out one of them"),
         (["--torque-limits", "1"], "torque_limits must hold 2 positive numbers"),
         (["--dt", "0.005"], "slower"),
         (["--steps", "4"], "steps must lie in 1..3"),

@@ -4,6 +4,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import datetime
@@ -120,6 +121,12 @@ def main(args: list[str] | None = None) -> None:
             _tailor(command, console)
         else:
             _list(console)
+    except BrokenProcessPool:
+        console.print(
+            "[red]error:[/red] a worker process has ended, killed perhaps for want of memory: what is finished"
+        )
+        console.print("is kept, and --resume goes on from there; --workers 1 needs half the memory.")
+        sys.exit(2)
     except (ValueError, OSError, FloatingPointError) as error:
         console.print("[red]error:[/red]", escape(str(error)), soft_wrap=True)
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
@@ -272,6 +279,8 @@ def _report(folder: Path, console: Console) -> None:
         return
     console.print(report.table(_report_of(config), folder))
     console.print("report:", escape(str(report.page(_report_of(config), folder))), soft_wrap=True)
+    if (folder / "tailored.npz").exists():
+        console.print("model:", escape(str(folder / "tailored.npz")), soft_wrap=True)
 
 
 def _report_of(config: Any) -> Any:

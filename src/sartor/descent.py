@@ -8,6 +8,7 @@ References: Marquardt, An Algorithm for Least-Squares Estimation of Nonlinear Pa
 """
 
 import hashlib
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -304,8 +305,13 @@ def _order(num_samples: int, config: Learning, epoch: int) -> Array:
 
 
 def _fingerprint(objective: Any, config: Learning, optimiser: Optimiser, arrays: PyTree) -> np.ndarray:
-    """Of what the result depends on, functions apart: those of optax have no lasting name."""
-    how = optimiser if isinstance(optimiser, LevenbergMarquardt) else "optax"
+    """Of what the result depends on, functions of the user apart, which have no lasting name."""
+    theta, _, _, groups = arrays
+    free = eqx.filter(theta, jax.tree.map(lambda *on: any(on), *groups))
+    # An optimiser of optax is functions as well, but its rates are constants in what they do.
+    how = optimiser
+    if not isinstance(optimiser, LevenbergMarquardt):
+        how = re.sub(" at 0x[0-9a-f]+", "", str(jax.make_jaxpr(optimiser.update)(free, optimiser.init(free), free)))
     digest = hashlib.sha256(repr((type(objective).__name__, objective.settings, config, how)).encode())
     for leaf in jax.tree.leaves(arrays):
         if eqx.is_array_like(leaf):

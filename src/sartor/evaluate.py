@@ -27,6 +27,9 @@ from sartor.pairing import BASELINES, Arm, Pairs, Protocol, Split, Table, Where,
 UNSTABLE_SPEED = 0.5
 """Mean |q̇ − q̇_ref| over joints and steps above which an episode counts as unstable [rad/s]: an arm that stands still
 while the reference moves has about as much."""
+UNSTABLE_RATIO = 3.0
+"""A fine-tuned model's episode counts as unstable, too, if it costs more than so many times what the pretrained model
+does: one joint that oscillates hardly moves a mean over joints."""
 Statistic = Literal["geometric", "mean", "median"]
 _SAMPLES = 2000
 
@@ -84,6 +87,19 @@ def episode_metrics(
         "saturated": float((np.abs(us) >= 0.999 * u_max).any(1).mean()),
         "unstable": not finite or bool(np.abs(errors[:, n:]).mean() > UNSTABLE_SPEED),
     }
+
+
+def mark_unstable(rows: list[dict[str, Any]]) -> None:
+    """Set `unstable` of the fine-tuned models' rows that cost `UNSTABLE_RATIO` times as much as the pretrained model.
+
+    Args:
+        rows: Rows of the evaluations, with those of the `pretrained` baseline.
+    """
+    before = {(row["model"], row["environment"]): row["J"] for row in rows if row["method"] == "pretrained"}
+    for row in rows:
+        known = before.get((row["model"], row["environment"]), np.inf)
+        if row["method"] not in BASELINES and row["J"] > UNSTABLE_RATIO * known:
+            row["unstable"] = True
 
 
 def ratio(

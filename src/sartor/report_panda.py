@@ -1,6 +1,5 @@
 """What the report of a Panda run shows, in order, and what its words mean."""
 
-import numpy as np
 from rich import box
 from rich.table import Table
 
@@ -174,7 +173,8 @@ def _footnote(files: Files) -> str:
     rules = (
         f"Saturated environments: the controller that knows payload and damping reaches a torque limit in at least "
         f"{pairing.SATURATED_SHARE:.0%} of its steps. "
-        f"Unstable: mean speed error above {evaluate.UNSTABLE_SPEED} rad/s."
+        f"Unstable: mean speed error above {evaluate.UNSTABLE_SPEED} rad/s, or more than {evaluate.UNSTABLE_RATIO:g} "
+        f"times the cost of the pretrained model."
     )
     anchor = files["config.json"].get("anchor")
     if anchor:
@@ -183,17 +183,19 @@ def _footnote(files: Files) -> str:
     if rows is None:
         return "No evaluations yet: evaluations.parquet is missing."
     arms = [arm for of_p in costs.tuned(rows).values() for arm in of_p if arm.method != "stand"]
-    ratios = [r for r in (tables.attempt(evaluate.ratio, rows, arm) for arm in arms) if r is not None]
+    found = {arm: tables.attempt(evaluate.ratio, rows, arm) for arm in arms}
+    ratios = {arm: r for arm, r in found.items() if r is not None}
     if not ratios:
         return rules
-    detectable = np.median([evaluate.minimum_detectable(r) for r in ratios])
+    detectable = sorted((evaluate.minimum_detectable(r), str(arm)) for arm, r in ratios.items())
+    ends = " to ".join(f"{share:.1%} ({arm})" for share, arm in dict.fromkeys((detectable[0], detectable[-1])))
     trained = {(m, s) for m, s in zip(rows["model"].tolist(), rows["seed"].tolist(), strict=True) if s >= 0}
     runs, models = len(trained), len({m for m, _ in trained})
     few = f" With {models} pretrained model{'s' if models != 1 else ''} the intervals are too narrow."
     few = few if models < 5 else ""
-    dropped = sum(r.dropped for r in ratios)
+    dropped = sum(r.dropped for r in ratios.values())
     without = f" {dropped} episodes without partner are left out." if dropped else ""
-    counted = f"{runs} training{'s' if runs != 1 else ''}; effects below {detectable:.1%} cannot be told from none."
+    counted = f"{runs} training{'s' if runs != 1 else ''}; effects below {ends} cannot be told from none."
     return f"{counted}{few}{without} {rules}"
 
 

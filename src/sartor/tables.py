@@ -84,19 +84,20 @@ def protocols(rows: pairing.Table) -> Grid:
 def studies(rows: pairing.Table) -> Grid:
     """What was varied beside the weighting, against `stand` of the main study, of the variant, and itself unvaried."""
     header = ["study", "weighting", "variant", "p", "validation: of stand", "test: of stand", "unsaturated",
-              "head-room closed", "of stand, this variant", "of the weighting, main", "J median", "unstable",
-              "runs"]  # fmt: skip
+              "head-room closed", "of stand, this variant", "unsaturated", "of the weighting, main", "J median",
+              "unstable", "runs"]  # fmt: skip
     body = []
-    for study in (s for s in dict.fromkeys(rows["study"].tolist()) if s not in ("main", "capacity", *RECIPES)):
+    for study in (s for s in dict.fromkeys(rows["study"].tolist()) if s not in ("main", "capacity")):
         for arm in (arm for arms in tuned(rows, study).values() for arm in arms):
             s, stand = attempt(evaluate.summary, rows, arm), Arm("stand", arm.p)
             if s is None:
                 continue
             against = [(stand, {"split": "validation"}), (stand, {}), (stand, {"where": "unsaturated"})]
-            against += [(arm._replace(method="stand"), {}), (Arm(arm.method, arm.p), {})]
+            against += [(arm._replace(method="stand"), view) for view in ({}, {"where": "unsaturated"})]
+            against.append((Arm(arm.method, arm.p), {}))
             ratios = [attempt(evaluate.ratio, rows, arm, base, **options) for base, options in against]
             if arm.method == "stand":
-                ratios[3:] = [None, None]
+                ratios[3:] = [None, None, None]
             ratios.insert(3, attempt(evaluate.headroom, rows, arm, stand))
             runs = len(pairing.costs(rows, arm))
             numbers = [f"{s['J_median']:.3g}", f"{s['unstable']:.0f} of {s['episodes']}", str(runs)]
@@ -136,7 +137,14 @@ def labels(content: dict[str, Any]) -> Grid:
 
 def truth(content: dict[str, Any]) -> Grid:
     """Rank correlations of labels with what they estimate."""
-    header = ["label", "true quantity", "overall", "joints within a sample", "samples within a joint", "n"]
+    header = [
+        "label",
+        "true quantity",
+        "overall",
+        "steps and joints within a sample",
+        "samples within one of them",
+        "n",
+    ]
     body = [
         [r["variant"], r["quantity"], *(_number(r[k], 2) for k in ("overall", "joints", "samples")), str(r["n"])]
         for r in content.get("rows", [])

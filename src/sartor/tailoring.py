@@ -52,6 +52,8 @@ class Task:
     """Columns of the joint positions, in the order of the robot's joints; q1 q2 ... unless given."""
     velocities: tuple[str, ...] = ()
     """Columns of the joint velocities; v1 v2 ... unless given."""
+    no_velocities: bool = False
+    """The logs hold no velocities: take differences of the positions."""
     torques: tuple[str, ...] = ()
     """Columns of the joint torques; tau1 tau2 ... unless given."""
     reference_positions: tuple[str, ...] = ()
@@ -223,9 +225,12 @@ def _claim(task: Task) -> None:
 
 
 def _columns(task: Task, n: int) -> Columns:
+    if task.no_velocities and task.velocities:
+        raise ValueError("velocities names columns, but no_velocities says that there are none: leave out one of them.")
     named = lambda given, letter: given or tuple(f"{letter}{i + 1}" for i in range(n))
+    velocities = None if task.no_velocities else named(task.velocities, "v")
     return Columns(
-        task.time, named(task.positions, "q"), named(task.velocities, "v"), named(task.torques, "tau"),
+        task.time, named(task.positions, "q"), velocities, named(task.torques, "tau"),
         named(task.reference_positions, "r"), task.reference_velocities or None, task.time_unit, task.angle_unit,
     )  # fmt: skip
 

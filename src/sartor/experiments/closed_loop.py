@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -14,6 +14,7 @@ import tyro
 from jaxtyping import Array
 
 from sartor import files
+from sartor.experiments.presets import check_least, filled
 from sartor.experiments.run_folder import environment
 from sartor.mpc import MPC, Episode, LoopState, Step, advance, begin, episode
 from sartor.problem import Softening
@@ -58,15 +59,12 @@ class Config:
     """Control steps per call into compiled code. Solve times are means over a chunk."""
 
     def __post_init__(self):
-        for name, least in (("num_steps", 0), ("horizon", 0), ("chunk", 1), ("disturbance", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}.")
+        check_least(self, 0, "num_steps", "horizon", "disturbance")
+        check_least(self, 1, "chunk")
 
     def resolved(self) -> "Config":
         """The same with the numbers of the preset filled in."""
-        numbers = _SMOKE if self.preset == "smoke" else _FULL[self.system]
-        missing = {name: value for name, value in numbers.items() if getattr(self, name) == 0}
-        return replace(self, **missing)
+        return filled(self, _SMOKE if self.preset == "smoke" else _FULL[self.system])
 
 
 class Loop(NamedTuple):

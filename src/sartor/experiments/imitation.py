@@ -10,7 +10,7 @@ Source: Amos et al., Differentiable MPC for End-to-end Planning and Control, 201
 """
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -25,6 +25,7 @@ from sartor.descent import Learning
 from sartor.experiments.imitation_network import Planner, Plans
 from sartor.experiments.imitation_systems import System, Theta, demonstrate, system
 from sartor.experiments.jobs import Job, Monitor
+from sartor.experiments.presets import check_least, filled
 from sartor.experiments.run_folder import opened
 from sartor.files import read_json, write_json
 from sartor.imitate import identify, imitate, imitation_loss
@@ -70,18 +71,14 @@ class Config:
     """Processes, one for each core; 0: do all in this one."""
 
     def __post_init__(self):
-        for name in ("seeds", "epochs", "network_epochs", "patience", "workers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}.")
-        if any(size < 1 for size in self.sizes) or self.held_out < 1:
-            raise ValueError("sizes and held_out must be at least 1.")
+        check_least(self, 0, "seeds", "epochs", "network_epochs", "patience", "workers")
+        check_least(self, 1, "sizes", "held_out")
         if not self.methods:
             raise ValueError("methods is empty: name some.")
 
     def resolved(self) -> "Config":
         """The same with the numbers of the preset filled in."""
-        missing = {name: value for name, value in _PRESETS[self.preset].items() if not getattr(self, name)}
-        return replace(self, **missing)
+        return filled(self, _PRESETS[self.preset])
 
 
 class Trial(NamedTuple):

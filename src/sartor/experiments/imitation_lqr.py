@@ -10,7 +10,7 @@ the text leaves open from its code.
 """
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 
 from sartor.descent import Curve, Learning, LevenbergMarquardt
 from sartor.experiments.jobs import Job, Monitor
+from sartor.experiments.presets import check_least, filled
 from sartor.experiments.run_folder import opened
 from sartor.files import read_json, write_json
 from sartor.imitate import Demonstrations, imitate
@@ -70,16 +71,14 @@ class Config:
     """Processes, one for each core; 0: do all in this one."""
 
     def __post_init__(self):
-        for name in ("seeds", "iterations", "steps", "starts", "workers", "states"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}.")
+        check_least(self, 0, "seeds", "iterations", "steps", "starts", "workers", "states")
+        check_least(self, 1, "samples", "batch")
         if not self.bound > 0:
             raise ValueError(f"bound must be positive, not {self.bound}.")
 
     def resolved(self) -> "Config":
         """The same with the numbers of the preset filled in."""
-        missing = {name: value for name, value in _PRESETS[self.preset].items() if not getattr(self, name)}
-        return replace(self, **missing)
+        return filled(self, _PRESETS[self.preset])
 
 
 class Theta(NamedTuple):

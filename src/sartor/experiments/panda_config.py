@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from sartor.experiments.panda_studies import Study
-from sartor.experiments.panda_weights import NEEDS_LABELS, Weighting
+from sartor.experiments.panda_weights import NEEDS_LABELS, WINDOW, Weighting
+from sartor.experiments.presets import check_least
 from sartor.systems import panda
 from sartor.weights import States
 
@@ -31,6 +32,8 @@ _PAPER: dict[str, Any] = dict(
 )  # fmt: skip
 _DEFAULT: dict[str, Any] = dict(others=(), studies=(), study_seeds=1, validation=0, protocols=(), truth=0)
 _PRESETS = {"smoke": _DEFAULT | _SMOKE, "quick": _DEFAULT | _QUICK, "paper": _DEFAULT | _PAPER}
+FIRST_MOMENT = 15
+"""Control step of the first moment of the truth check: by then the context knows the payload."""
 _CAN_BE_NOTHING = {*_DEFAULT, "anchor"}  # 0 and () are values of these
 
 
@@ -132,23 +135,26 @@ class Config:
     """Processes, one for each core; 0: do all in this one."""
 
     def __post_init__(self):
-        numbers = (
-            "models", "seeds", "steps", "pretrain_payloads", "pretrain_references", "pretrain_epochs", "anchor",
-            "finetune_payloads", "label_stride", "epochs", "batch", "tests", "validation", "study_seeds", "truth",
-            "workers", "dither", "share", "tau", "damping",
+        check_least(
+            self, 0, "models", "seeds", "steps", "pretrain_payloads", "pretrain_references", "pretrain_epochs",
+            "anchor", "finetune_payloads", "label_stride", "epochs", "batch", "tests", "validation", "study_seeds",
+            "truth", "workers", "dither", "share", "tau", "damping",
         )  # fmt: skip
-        for name in numbers:
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}.")
+        check_least(
+            self, 1, "rounds", "widths", "num_contexts", "hidden", "num_layers", "pretrain_stride", "pretrain_batch"
+        )
+        if not 0.0 <= self.share <= 1.0:
+            raise ValueError(f"share must lie between 0 and 1, not {self.share}.")
+        for name in ("learning_rate", "pretrain_rate"):
+            if not 0.0 < getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}.")
         if any(not 1 <= p <= panda.HORIZON for p in self.rollouts):
             raise ValueError(f"rollouts must lie in 1..{panda.HORIZON}, the horizon of the MPC, not {self.rollouts}.")
         for name, most in (("tests", 20), ("validation", 10), ("finetune_payloads", 100), ("pretrain_payloads", 100)):
             if (getattr(self, name) or 0) > most:
                 raise ValueError(f"{name} must be at most {most}, the payloads there are, not {getattr(self, name)}.")
-        if self.truth and self.steps and self.steps < 56:
-            raise ValueError(f"truth needs episodes of at least 56 steps, not {self.steps}.")
-        if self.rounds < 1:
-            raise ValueError(f"rounds must be at least 1, not {self.rounds}.")
+        if self.truth and self.steps and self.steps < FIRST_MOMENT + WINDOW + 1:
+            raise ValueError(f"truth needs episodes of at least {FIRST_MOMENT + WINDOW + 1} steps, not {self.steps}.")
         if self.weightings and "stand" not in self.weightings:
             raise ValueError("weightings must contain 'stand', which all others are compared with.")
 

@@ -1,6 +1,7 @@
 """From the files that the jobs of a Panda run have left to those that the report reads."""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import pyarrow.parquet as pq
 from scipy.stats import spearmanr
 
 from sartor import pairing
+from sartor.evaluate import mark_unstable
 from sartor.experiments import panda_jobs as jobs
 from sartor.experiments import panda_stages as stages
 from sartor.experiments.panda_studies import Cell, cells
 from sartor.experiments.panda_truth import correlations, truth_files
 from sartor.experiments.panda_weights import NEEDS_LABELS, combined
+from sartor.figures.costs import RECIPES
 from sartor.files import read_json, replacing_file, save_arrays, write_json
 from sartor.lerobot import write_lerobot
 from sartor.models.store import load_model
@@ -28,13 +31,14 @@ def gather(config: Any, out: Path) -> None:
     """Write what the report reads, as far as it is there."""
     done = [cell for cell in cells(config) if (out / "tests" / f"{cell.final(config)}.json").exists()]
     rows = _baselines(config, out) + [row for cell in done for row in _episodes(config, out, cell)]
+    mark_unstable(rows)
     if config.studies and "capacity" in config.studies:
-        rows += _published_size(config, rows)
+        rows += _main_size(config, rows)
     _write_table(out / "evaluations.parquet", rows)
     _write_table(out / "curves.parquet", [row for cell in done for row in _curve(config, out, cell)])
     _labels(config, out)
     _traces(config, out, done)
-    _clip(config, out, done, rows)
+    _hand_over(config, out, done, rows)
     _data(config, out)
     _speed(out)
     _truth(config, out, rows)
@@ -67,7 +71,7 @@ def _rows(path: Path, key: dict[str, Any], epoch: int, loss: float, last: bool) 
     return [common | {"split": split(row)} | row for row in read_json(path)]
 
 
-def _published_size(config: Any, rows: list[dict]) -> list[dict]:
+def _main_size(config: Any, rows: list[dict]) -> list[dict]:
     """The main study's models of the same seeds, as a size among others."""
     same = {"study": "capacity", "variant": str(list(config.widths))}
     mine = lambda r: r["study"] == "main" and r["p"] == config.rollouts[0] and r["last"]
@@ -100,7 +104,7 @@ def _labels(config: Any, out: Path) -> None:
             ok = found["ok"] & stages.sound(logs, samples)
             kinds = {"closed_loop": found["S_closed_loop"]} if not variant else {}
             for name, S in {"ours": combined(found, config), **kinds}.items():
-                q = S[ok][:, :4, :7]
+                q = S[ok][:, : config.rollouts[0], :7]
                 table[str(m)][f"{name}, {variant}" if variant else name] = {
                     "samples": int(ok.sum()), "failed": int((~found["ok"]).sum()), "explained": explained(q),
                     "cv": (q.std((0, 1)) / q.mean((0, 1))).tolist(), "rate": jobs.label_rate(list(files), folder),
@@ -115,9 +119,11 @@ def _traces(config: Any, out: Path, done: list[Cell]) -> None:
     """Episodes of one environment, and spectra of the velocity error over all, of the first model and seed."""
     example = min(3, config.tests - 1)
     names = {"pretrained": "pretrained-0", "oracle_damping": "oracle_damping"}
-    first = [c for c in done if c.study == "main" and c.p == config.rollouts[0] and c.model == c.seed == 0]
+    names |= {cell.method: cell.final(config) for cell in _first(config, done, ("main",))}
+    for cell in _first(config, done, RECIPES):
+        names["recipe"] = cell.final(config)
     traces, spectra = {}, {}
-    for method, name in (names | {cell.method: cell.final(config) for cell in first}).items():
+    for method, name in names.items():
         logs = stages.load_logs(out / "tests" / f"{name}.npz")[: config.tests]
         log = logs[example]
         traces |= {f"x_{method}": log.xs, f"u_{method}": log.us, "reference": log.refs}
@@ -128,40 +134,67 @@ def _traces(config: Any, out: Path, done: list[Cell]) -> None:
     save_arrays(out / "spectrum.npz", frequencies=np.fft.rfftfreq(config.steps + 1, panda.DT), **spectra)
 
 
-def _clip(config: Any, out: Path, done: list[Cell], rows: list[dict]) -> None:
-    """The pretrained beside the tailored model, where the pretrained one does as well as it does on the median."""
-    first = [c for c in done if c.study == "main" and c.p == config.rollouts[0] and c.model == c.seed == 0]
-    path = out / "clip.webp"
-    if path.exists() or not first:
+def _first(config: Any, done: list[Cell], studies: Sequence[str]) -> list[Cell]:
+    """Of the first pretrained model and seed, at the first p: their test episodes are kept."""
+    return [c for c in done if c.study in studies and c.p == config.rollouts[0] and c.model == c.seed == 0]
+
+
+def _hand_over(config: Any, out: Path, done: list[Cell], rows: list[dict]) -> None:
+    """The tailored model for its user, `tailored.npz`, and a clip of it beside the pretrained one: those of the recipe,
+    or of `ours` where there is none."""
+    asked = set(RECIPES) & set(config.studies or ())
+    first = _first(config, done, RECIPES if asked else ("main",))
+    if not first:
         return
+    cell = next((cell for cell in first if cell.method == "ours"), first[-1])
+    source = out / "models" / f"{cell.final(config)}.npz"
+    if not (out / "tailored.npz").exists() or (out / "tailored.npz").read_bytes() != source.read_bytes():
+        with replacing_file(out / "tailored.npz") as new:
+            new.write_bytes(source.read_bytes())
+        _clip(config, out, cell, rows)
+
+
+def _clip(config: Any, out: Path, cell: Cell, rows: list[dict]) -> None:
+    """In the environment where the pretrained model does as well as it does on the median."""
     before = [row for row in rows if row["method"] == "pretrained" and row["model"] == 0 and row["split"] == "test"]
     middle = int(np.argsort([row["J"] for row in before])[len(before) // 2])
-    tailored = next((cell for cell in first if cell.method == "ours"), first[-1])
-    names = {"pretrained": "pretrained-0", f"tailored: {tailored.method}": tailored.final(config)}
+    tailored = ", ".join(filter(None, (cell.method, cell.variant)))
+    names = {"pretrained": "pretrained-0", f"tailored: {tailored}": cell.final(config)}
     logs = {caption: stages.load_logs(out / "tests" / f"{name}.npz")[middle] for caption, name in names.items()}
     reference = np.asarray(logs["pretrained"].refs)[:, :7]
     robot = panda.mj_model(panda.payloads()[before[middle]["environment"]])
+    films = {caption: log.xs[:, :7] for caption, log in logs.items()}
     try:
-        clip(path, robot, {caption: log.xs[:, :7] for caption, log in logs.items()}, reference=reference, dt=panda.DT)
+        clip(out / "clip.webp", robot, films, reference=reference, dt=panda.DT)
     except RenderUnavailable as error:
         warnings.warn(f"no clip of the arm: {error}", stacklevel=2)
 
 
 def _data(config: Any, out: Path) -> None:
-    files = tuple(jobs.data_of(out, "pretrained-0", 1, config))
-    logs, model = jobs.logs_of(files), load_model(out / "models" / "pretrained-0.npz")
-    samples = windows(logs, model, panda.HORIZON, stride=config.label_stride)
-    kept = int(stages.sound(logs, samples).sum())
-    before = read_json(out / "models" / "pretrained-0.json")
-    write_json(out / "data.json", {
-        "pretraining samples": before["num_samples"], "pretraining samples left out": before.get("left_out", "–"),
-        "fine-tuning runs": len(logs), "fine-tuning samples": samples.size,
-        "fine-tuning samples left out": samples.size - kept,
-    })  # fmt: skip
-    folder = out / "dataset"
-    if not (folder / "meta" / "info.json").exists():
-        joints = [f"joint{i + 1}" for i in range(7)]
-        write_lerobot(folder, logs, robot="panda", joints=joints, task="follow the reference")
+    """Counts of samples, and what was recorded as LeRobot datasets: excitation, and the closed loops of each model."""
+    numbers: dict[str, dict[str, int]] = {}
+    groups = {"excitation": tuple(sorted((out / "parts").glob("excite-*.npz")))}
+    for m in range(config.models):
+        name = f"pretrained-{m}"
+        before = read_json(out / "models" / f"{name}.json")
+        groups[name] = tuple(file for file, _ in jobs.driven(out, name, 1, config.finetune_payloads))
+        files = tuple(jobs.data_of(out, name, 1, config))
+        logs = jobs.logs_of(files)
+        samples = windows(logs, load_model(out / "models" / f"{name}.npz"), panda.HORIZON, stride=config.label_stride)
+        numbers[f"model {m}"] = {
+            "pretraining samples": before["num_samples"], "fine-tuning runs": len(logs),
+            "fine-tuning samples": samples.size,
+            "of them left out": samples.size - int(stages.sound(logs, samples).sum()),
+        }  # fmt: skip
+        if "left_out" in before:
+            numbers[f"model {m}"]["pretraining samples left out"] = before["left_out"]
+    write_json(out / "data.json", numbers)
+    joints = [f"joint{i + 1}" for i in range(7)]
+    for name, files in groups.items():
+        if not (out / "dataset" / name / "meta" / "info.json").exists():
+            write_lerobot(
+                out / "dataset" / name, jobs.logs_of(files), robot="panda", joints=joints, task="follow the reference"
+            )
 
 
 def _speed(out: Path) -> None:
@@ -190,7 +223,7 @@ def _truth(config: Any, out: Path, rows: list[dict]) -> None:
             values = [losses[name][kind] for name in losses]
             found.setdefault(kind, []).append(float(np.asarray(spearmanr(values, costs))[0]))
     predicts = {kind: float(np.mean(values)) for kind, values in found.items()}
-    write_json(out / "truth.json", {"rows": correlations(branches), "predicts": predicts})
+    write_json(out / "truth.json", {"rows": correlations(branches, config.rollouts[0]), "predicts": predicts})
 
 
 def _write_table(path: Path, rows: list[dict]) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 Study = Literal["ablation", "alone", "capacity", "recipe", "recipe_quick", "rounds"]
 
 _BOTH = ("stand", "ours")
+_ALL = ("stand", "ours", "ones", "norm", "mpc_cost", "ours_avg", "ours_shuffled")
 _RECIPE = {"rounds": 2, "finetune_payloads": 100}
 VARIANTS: dict[str, list[tuple[str, tuple[str, ...], dict[str, Any]]]] = {
     "ablation": [
@@ -26,15 +27,15 @@ VARIANTS: dict[str, list[tuple[str, tuple[str, ...], dict[str, Any]]]] = {
         ("no anchor", _BOTH, {"anchor": 0.0}),
         ("anchor of 1", _BOTH, {"anchor": 1.0}),
         ("anchor of 10", _BOTH, {"anchor": 10.0}),
-        ("learning rate of 0.0003", _BOTH, {"learning_rate": 3e-4}),
-        ("learning rate of 0.003", _BOTH, {"learning_rate": 3e-3}),
+        ("learning rate of 0.0003", _ALL, {"learning_rate": 3e-4}),
+        ("learning rate of 0.003", _ALL, {"learning_rate": 3e-3}),
         ("damping known", _BOTH, {"damping": 1.0}),
         ("context of 2", _BOTH, {"num_contexts": 2}),
     ],
     "alone": [
         (
             "rollouts alone, inertia as pretrained",
-            ("stand", "ours", "ones", "norm", "mpc_cost", "ours_avg", "ours_shuffled"),
+            _ALL,
             {"anchor": 0.0, "frozen": ("inertia",)},
         ),
     ],
@@ -58,7 +59,7 @@ VARIANTS: dict[str, list[tuple[str, tuple[str, ...], dict[str, Any]]]] = {
         ("two rounds, 100 payloads, anchor of 1", ("stand",), {**_RECIPE, "anchor": 1.0}),
         (
             "one round, 100 payloads, as many gradient steps as two",
-            ("stand",),
+            ("stand", "stand_env"),
             {"finetune_payloads": 100, "epochs": 22},
         ),
     ],

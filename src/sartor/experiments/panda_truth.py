@@ -15,6 +15,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from sartor.experiments import panda_stages as stages
+from sartor.experiments.panda_config import FIRST_MOMENT
 from sartor.experiments.panda_jobs import training_samples
 from sartor.experiments.panda_weights import WINDOW, closed_loop_labels, weights
 from sartor.files import load_arrays, save_arrays, write_json
@@ -31,6 +32,7 @@ from sartor.train import mean_loss, rollout_loss
 
 STEPS = WINDOW  # control steps that a branch runs on
 EPS = 0.5  # [Nm]
+BARRIER = 1e-3  # τ of one variant of the labels
 _KINDS = ("ones", "stand", "norm", "mpc_cost", "ours", "ours_avg", "regret", "closed_loop")
 
 
@@ -38,14 +40,14 @@ class Branches(NamedTuple):
     """At one moment of all episodes."""
 
     slope: np.ndarray
-    """(B, 7), dJ/du_t; NaN where a torque limit is nearer than ε."""
+    """(B, 7), dJ/du_t; where a torque limit is nearer than ε, from the other side alone."""
     curvature: np.ndarray
-    """(B, 7), d²J/du_t²."""
+    """(B, 7), d²J/du_t²; NaN where a torque limit is nearer than ε."""
 
 
 def moments(config: Any) -> list[int]:
     """Control steps of the test episodes at which is branched."""
-    return np.linspace(15, config.steps - STEPS - 1, config.truth).astype(int).tolist()
+    return np.linspace(FIRST_MOMENT, config.steps - STEPS - 1, config.truth).astype(int).tolist()
 
 
 def truth_files(out: Path, config: Any) -> list[list[Path]]:
@@ -71,12 +73,17 @@ def check(output: Path, model: Path, config: Any, moment: int, monitor: Any) -> 
         monitor(t + 1, total)
     part = [np.concatenate(values) for values in zip(*seen[moment:], strict=True)]
     labels = _label_all(tracker, part, config.curvature)
+    here = [value[: len(robots)] for value in part]
+    variants = {
+        "S_gauss_newton": _label_all(tracker, here, "gauss_newton")["S"],
+        "S_barrier": _label_all(tracker, here, config.curvature, BARRIER)["S"],
+    }
     where = {"run": np.tile(np.arange(len(robots)), STEPS), "step": np.repeat(np.arange(STEPS), len(robots))}
     by_run = lambda values: values.reshape(STEPS, len(robots), -1).swapaxes(0, 1)
     closed_loop = closed_loop_labels(labels | where, by_run(part[0]), by_run(part[2][:, 0]))
     mine = {name: value[: len(robots)] for name, value in (labels | {"S_closed_loop": closed_loop}).items()}
     assert found is not None
-    save_arrays(output, **mine, **found._asdict())
+    save_arrays(output, **mine, **variants, **found._asdict())
 
 
 def branches(robots: Any, tracker: Tracker, loop: Loop, x: np.ndarray, refs: np.ndarray, first: bool) -> Branches:
@@ -95,28 +102,30 @@ def branches(robots: Any, tracker: Tracker, loop: Loop, x: np.ndarray, refs: np.
         x = copies.step(u)
         loop = loop._replace(u=jnp.asarray(copies.us))
         cost += 0.5 * panda.DT * (np.asarray(panda.WEIGHTS) * (x - refs[:, t + 1]) ** 2).sum(1)
-    J = cost.reshape(2 * n + 1, count)
-    ahead, behind = J[1 : n + 1].T, J[n + 1 :].T
-    there = clipped.reshape(2 * n + 1, count, n).any((0,))
-    slope = np.where(there, np.nan, (ahead - behind) / (2 * EPS))
-    return Branches(slope, np.where(there, np.nan, (ahead - 2 * J[0][:, None] + behind) / EPS**2))
+    J, clipped = cost.reshape(2 * n + 1, count), clipped.reshape(2 * n + 1, count, n)
+    now, ahead, behind = J[0][:, None], J[1 : n + 1].T, J[n + 1 :].T
+    no_more, no_less = clipped[1 : n + 1].any(0), clipped[n + 1 :].any(0)
+    upper, lower = np.where(no_more, now, ahead), np.where(no_less, now, behind)
+    distance = EPS * (2.0 - no_more - no_less)
+    curvature = np.where(no_more | no_less, np.nan, (ahead - 2 * now + behind) / EPS**2)
+    return Branches((upper - lower) / np.where(distance > 0, distance, np.nan), curvature)
 
 
-def _label_all(tracker: Tracker, points: list[np.ndarray], curvature: str) -> dict[str, np.ndarray]:
+def _label_all(tracker: Tracker, points: list[np.ndarray], curvature: str, tau: float = 0.0) -> dict[str, np.ndarray]:
     """Labels at some states, contexts and references, a chunk at a time."""
     size, chunk, parts = len(points[0]), 16, []
     for start in range(0, size, chunk):
         which = np.arange(start, start + chunk) % size
-        some = _labels(tracker, [jnp.asarray(point[which]) for point in points], curvature)
+        some = _labels(tracker, [jnp.asarray(point[which]) for point in points], curvature, tau)
         parts.append(jax.tree.map(np.asarray, some))
     return {name: np.concatenate([part[name] for part in parts])[:size] for name in parts[0]}
 
 
 @eqx.filter_jit
-def _labels(tracker: Tracker, points: list, curvature: Any) -> dict[str, jax.Array]:
+def _labels(tracker: Tracker, points: list, curvature: Any, tau: float) -> dict[str, jax.Array]:
     def one(x, z, r):
         start = guess(r.at[0].set(x), jnp.zeros((panda.HORIZON, 7)))
-        solver = SQP(curvature="gauss_newton", tol=1e-7)
+        solver = SQP(curvature="gauss_newton", tol=1e-7, tau=tau)
         found = label(tracker.problem, Theta(tracker.model, z, r), x, solver=solver, guess=start, curvature=curvature)
         return {
             "S": found.S, "du0_de": found.du0_de, "du0_derror": trajectory_error(found.A, found.du0_de),
@@ -127,15 +136,16 @@ def _labels(tracker: Tracker, points: list, curvature: Any) -> dict[str, jax.Arr
     return jax.vmap(one)(*points)
 
 
-def correlations(files: list[list[Path]]) -> list[dict[str, Any]]:
-    """Rank correlations of labels with the truth, mean over pretrained models, each with its files."""
+def correlations(files: list[list[Path]], num_steps: int) -> list[dict[str, Any]]:
+    """Rank correlations of labels of the first steps with the truth, mean over models, each with its files."""
     rows: dict[tuple[str, str], list[dict]] = {}
     for of_model in files:
         parts = [load_arrays(file) for file in of_model]
         data = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        ok = data["ok"] & np.isfinite(data["slope"]).all(1)
-        for key, (estimate, true) in _compared({name: value[ok] for name, value in data.items()}).items():
-            rows.setdefault(key, []).append(_ranks(estimate, true))
+        data = {name: value[data["ok"]] for name, value in data.items()}
+        for key, (estimate, true) in _compared(data, num_steps).items():
+            known = np.isfinite(estimate).all(1) & np.isfinite(true).all(1)
+            rows.setdefault(key, []).append(_ranks(estimate[known], true[known]))
     mean = lambda found, key: float(np.mean([row[key] for row in found]))
     return [
         {"variant": variant, "quantity": quantity, "n": sum(row["n"] for row in found)}
@@ -144,28 +154,33 @@ def correlations(files: list[list[Path]]) -> list[dict[str, Any]]:
     ]
 
 
-def _compared(data: dict[str, np.ndarray]) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
-    """Estimates of labels and what they estimate, (B, 7), for errors of the first step's positions."""
-    slope, curvature, sensitivity = data["slope"], data["curvature"], data["du0_de"][:, :, 0, :7]
+def _compared(data: dict[str, np.ndarray], num_steps: int) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
+    """Estimates of labels and what they estimate, (B, entries), for errors of the positions of the first steps."""
+    slope, curvature, g = data["slope"], data["curvature"], data["dJ_du0"]
+    first = lambda values: values[..., :num_steps, :7].reshape(*values.shape[:-2], -1)
+    du0_de, du0_derror = first(data["du0_de"]), first(data["du0_derror"])
     diagonal = np.diagonal(data["Lambda"], axis1=1, axis2=2)
     effective = 0.5 * sum(np.abs(slope + sign * 0.1 * curvature) for sign in (-1, 1))
-    S_true = np.abs(np.einsum("bj,bjx->bx", slope, sensitivity))
-    S, terms = data["S"][:, 0, :7], data["dJ_du0"][:, :, None] * sensitivity
-    by_trajectory = np.einsum("bj,bjx->bx", data["dJ_du0"], data["du0_derror"][:, :, 0, :7])
-    shuffled = S[np.random.default_rng(0).permutation(len(S))]
-    estimates = {
-        "ours": S, "ours, sum of magnitudes": np.abs(terms).sum(1), "ours, trajectory error": np.abs(by_trajectory),
-        "ours_avg": np.broadcast_to(S.mean(0), S.shape), "ours_shuffled": shuffled,
-        "closed_loop": data["S_closed_loop"][:, 0, :7],
+    along = lambda g, sensitivity: np.abs(np.einsum("bj,bjx->bx", g, sensitivity))
+    S, true = first(data["S"]), along(slope, du0_de)
+    defect = {
+        "ours": S, "ours, sum of magnitudes": np.abs(g[:, :, None] * du0_de).sum(1),
+        "ours, Gauss-Newton": first(data["S_gauss_newton"]), f"ours, barrier {BARRIER}": first(data["S_barrier"]),
+        "ours_avg": np.broadcast_to(S.mean(0), S.shape),
+        "ours_shuffled": S[np.random.default_rng(0).permutation(len(S))],
+        "closed_loop": first(data["S_closed_loop"]),
     }  # fmt: skip
     return {
         ("Λ, diagonal", "curvature"): (diagonal, curvature),
-        ("ours: |dJ/du|", "|slope|"): (data["dJ_du0"], np.abs(slope)),
-        ("ours: |dJ/du|", "effective slope"): (data["dJ_du0"], effective),
+        ("ours: |dJ/du|", "|slope|"): (g, np.abs(slope)),
+        ("ours: |dJ/du|", "effective slope"): (g, effective),
         ("regret, diagonal of Λ", "regret, true curvature"): (
-            _regret(sensitivity, diagonal), _regret(sensitivity, np.maximum(curvature, 0.0))
+            _regret(du0_de, diagonal), _regret(du0_de, np.maximum(curvature, 0.0))
         ),
-    } | {(name, "S of eq. 4"): (estimate, S_true) for name, estimate in estimates.items()}  # fmt: skip
+        ("ours, trajectory error", "S of eq. 4, trajectory error"): (
+            along(g, du0_derror), along(slope, du0_derror)
+        ),
+    } | {(name, "S of eq. 4"): (estimate, true) for name, estimate in defect.items()}  # fmt: skip
 
 
 def _regret(sensitivity: np.ndarray, curvature: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ Source: Amos et al., Differentiable MPC for End-to-end Planning and Control, 201
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -20,6 +20,7 @@ import tyro
 from jaxtyping import Array
 
 from sartor.experiments.jobs import Job, Monitor
+from sartor.experiments.presets import check_least, filled
 from sartor.experiments.run_folder import opened
 from sartor.files import read_json, write_json
 from sartor.solve import solve
@@ -59,14 +60,12 @@ class Config:
     def __post_init__(self):
         if self.workers not in (0, 1):
             raise ValueError(f"workers must be 0 or 1, not {self.workers}: two would slow each other down.")
-        for name in ("iterations", "horizons", "batches"):
-            if any(number < 1 for number in getattr(self, name)):
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        check_least(self, 1, "iterations", "horizons", "batches")
+        check_least(self, 0, "repeats")
 
     def resolved(self) -> "Config":
         """The same with the numbers of the preset filled in."""
-        missing = {name: value for name, value in _PRESETS[self.preset].items() if not getattr(self, name)}
-        return replace(self, **missing)
+        return filled(self, _PRESETS[self.preset])
 
 
 class Case(NamedTuple):

@@ -7,7 +7,7 @@ Source: Amos et al., Differentiable MPC for End-to-end Planning and Control, 201
 """
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +17,7 @@ import tyro
 from sartor.descent import Learning
 from sartor.experiments.imitation_systems import Theta, demonstrate, system, windy
 from sartor.experiments.jobs import Job, Monitor
+from sartor.experiments.presets import check_least, filled
 from sartor.experiments.run_folder import opened
 from sartor.files import read_json, write_json
 from sartor.imitate import identify, imitate, imitation_loss, transition_loss
@@ -54,16 +55,12 @@ class Config:
     """Processes, one for each core; 0: do all in this one."""
 
     def __post_init__(self):
-        for name in ("seeds", "epochs", "samples", "workers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, not {getattr(self, name)}.")
-        if self.held_out < 1:
-            raise ValueError(f"held_out must be at least 1, not {self.held_out}.")
+        check_least(self, 0, "seeds", "epochs", "samples", "workers")
+        check_least(self, 1, "held_out")
 
     def resolved(self) -> "Config":
         """The same with the numbers of the preset filled in."""
-        missing = {name: value for name, value in _PRESETS[self.preset].items() if not getattr(self, name)}
-        return replace(self, **missing)
+        return filled(self, _PRESETS[self.preset])
 
 
 def run(config: Config, out: Path, monitor: Monitor | None = None, command: str = "") -> None:

@@ -128,7 +128,7 @@ def capacity(rows: Columns) -> Figure | None:
         mine = [arm for arm in arms if arm.method == method]
         x = np.array([sizes.index(arm.variant) for arm in mine]) + 0.06 * (i - 0.5 * (len(methods) - 1))
         found = [evaluate.ratio(rows, arm, Arm("stand", p)) for arm in mine]
-        value, low, high = 100.0 * np.array([(f.value, f.low, f.high) for f in found]).T
+        value, low, high = np.minimum(100.0 * np.array([(f.value, f.low, f.high) for f in found]).T, 1e6)
         color = line(method)["color"]
         ax.vlines(x, low, high, color=color, lw=1.4)
         ax.plot(x, value, "o", color=color, ms=5, label=method)
@@ -161,7 +161,8 @@ def _has(rows: Columns, arm: Arm, baseline: str | Arm = "stand", protocol: pairi
     """Whether there is anything to compare: a run that is not finished lacks rows."""
     try:
         base = baseline if isinstance(baseline, Arm) else arm._replace(method=baseline)
-        return bool(np.isfinite(pairing.pairs(rows, arm, base, protocol=protocol).values).all())
+        values, of_base = pairing.pairs(rows, arm, base, protocol=protocol).values
+        return bool(np.isfinite(of_base).all() and not np.isnan(values).any())
     except pairing.MissingEpisodes:
         return False
 
@@ -179,8 +180,13 @@ def _saturated(rows: Columns) -> set[int]:
 
 
 def _by_environment(each: pairing.Pairs, environments: list[int]) -> np.ndarray:
-    percent = 100.0 * np.exp(np.log(each.values[0] / each.values[1]).mean(0))
+    percent = _percent(each, 0)
     return percent[[each.environments.index(e) for e in environments]]
+
+
+def _percent(each: pairing.Pairs, axis: int) -> np.ndarray:
+    """Geometric means; one with a cost that is infinite stands far off the figure."""
+    return np.minimum(100.0 * np.exp(np.log(each.values[0] / each.values[1]).mean(axis)), 1e6)
 
 
 def _panels(count: int, methods: int, height: float = 0.36) -> tuple[Figure, Sequence[Axes]]:
@@ -189,13 +195,14 @@ def _panels(count: int, methods: int, height: float = 0.36) -> tuple[Figure, Seq
 
 
 def _bar(ax: Axes, y: float, found: evaluate.Interval, color: str) -> None:
-    ax.barh(y, 100.0 * (found.value - 1.0), left=100.0, height=0.62, color=color, alpha=0.45)
+    ax.barh(y, min(100.0 * (found.value - 1.0), 1e6), left=100.0, height=0.62, color=color, alpha=0.45)
     _point(ax, y, found, color, "|")
 
 
 def _point(ax: Axes, y: float, found: evaluate.Interval, color: str, marker: str) -> None:
-    ax.hlines(y, 100.0 * found.low, 100.0 * found.high, color=INK if marker == "|" else color, lw=1.5)
-    ax.plot(100.0 * found.value, y, marker, ms=6, color=color)
+    value, low, high = (min(100.0 * x, 1e6) for x in (found.value, found.low, found.high))
+    ax.hlines(y, low, high, color=INK if marker == "|" else color, lw=1.5)
+    ax.plot(value, y, marker, ms=6, color=color)
     if 100.0 * found.value > _FAR:
         ax.text(_FAR, y, f"{100.0 * found.value:.0f} → ", ha="right", va="center", fontsize=9, clip_on=True)
 
@@ -203,7 +210,7 @@ def _point(ax: Axes, y: float, found: evaluate.Interval, color: str, marker: str
 def _runs(ax: Axes, y: float, rows: Columns, arm: Arm) -> None:
     """One mark for each run: geometric mean over environments."""
     each = pairing.pairs(rows, arm, Arm("stand", arm.p))
-    percent = 100.0 * np.exp(np.log(each.values[0] / each.values[1]).mean(1))
+    percent = _percent(each, 1)
     models = sorted({model for model, _ in each.runs})
     for (model, _), value, shift in zip(each.runs, percent, np.linspace(-0.2, 0.2, len(percent)), strict=True):
         marker = _MODEL_MARKERS[models.index(model) % 5]

@@ -41,7 +41,7 @@ def cost_map(maps: Mapping[str, np.ndarray]) -> Figure | None:
 def traces(arrays: Mapping[str, np.ndarray]) -> Figure | None:
     """Tracking errors of the joints over time in one environment."""
     there = order([n[2:] for n in arrays if n.startswith("x_")])
-    methods = [m for m in there if m in ("pretrained", "stand", "ours", "oracle_damping")]
+    methods = [m for m in there if m in ("pretrained", "stand", "ours", "recipe", "oracle_damping")]
     if not methods:
         return None
     t, n = arrays["t"], arrays["reference"].shape[1] // 2
@@ -62,7 +62,7 @@ def traces(arrays: Mapping[str, np.ndarray]) -> Figure | None:
     for ax in axes[-1]:
         ax.set_xlabel("time [s]")
     fig.align_ylabels(axes)
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
     return fig
 
 

@@ -19,6 +19,7 @@ BLUE, ORANGE, GREEN, PURPLE, MUSTARD, GREY = COLORS
 METHODS = (
     "nominal", "pretrained", "oracle", "oracle_damping", "ones", "norm", "mpc_cost", "stand",
     "stand_env", "ours", "ours_avg", "ours_shuffled", "regret", "regret_env", "closed_loop", "closed_loop_env",
+    "recipe",
 )  # fmt: skip
 """The order in which methods are shown."""
 PROTOCOLS: dict[Protocol, str] = {
@@ -38,7 +39,7 @@ _LINES = {
     "ones": (GREY, "--"), "norm": (BLUE, "--"), "mpc_cost": (BLUE, ":"), "stand": (BLUE, "-"),
     "stand_env": (BLUE, "-."), "ours": (ORANGE, "-"), "ours_avg": (ORANGE, "--"), "ours_shuffled": (ORANGE, ":"),
     "regret": (GREEN, "-"), "regret_env": (GREEN, "-."), "closed_loop": (PURPLE, "-"),
-    "closed_loop_env": (PURPLE, "-."),
+    "closed_loop_env": (PURPLE, "-."), "recipe": (GREEN, "--"),
 }  # fmt: skip
 
 
