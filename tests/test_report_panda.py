@@ -172,6 +172,13 @@ def test_results_name_the_command_and_no_path_of_this_machine(whole):
     assert "| ours | 0 | 10240 | 12 | 93.0% | 151 |" in text and "| pretrain | 204.5 | 32% |" in text
 
 
+def test_the_files_beside_the_text_give_the_same_text(whole, tmp_path):
+    text = report.results_markdown([(REPORT, whole)], tmp_path / "results")
+    again = report.results_markdown([(REPORT, tmp_path / "results" / "panda-smoke")])
+    assert "(results/panda-smoke-bars.png)" in text and (tmp_path / "results" / "panda-smoke-bars.png").exists()
+    assert again == report.results_markdown([(REPORT, whole)])
+
+
 def copy(whole, folder, names):
     for name in ("config.json", *names):
         (folder / name).write_bytes((whole / name).read_bytes())
@@ -233,6 +240,9 @@ def test_an_episode_that_diverged_is_in_the_table(method, whole, tmp_path):
     table = table.set_column(table.column_names.index("J"), "J", J).filter(pa.array(rows["study"] == "main"))
     pq.write_table(table, tmp_path / "evaluations.parquet")
     assert "inf" in printed(tmp_path) and "inf" in report.page(REPORT, tmp_path).read_text()
+    if method == "ours":
+        left = costs.bars(report.load(REPORT, tmp_path)["evaluations.parquet"]).axes[0]
+        assert "∞ → " in [text.get_text() for text in left.texts]
 
 
 def test_rows_that_are_there_twice_are_an_error_and_not_left_out(whole, tmp_path):

@@ -85,7 +85,8 @@ class Report:
     folders: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of the runs."""
     markdown: Path | None = None
-    """Write the tables of all of them, Panda runs, to this file as well, and their figures into a folder beside it."""
+    """Write the tables of all of them to this file as well, and their figures, and the small files that these are made
+    from, into a folder beside it."""
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,8 @@ def results_markdown(runs: list[tuple[Report, Path]], images: Path | None = None
 
     Args:
         runs: The run folders and what to show of them.
-        images: A folder beside the text for the figures, which are linked then.
+        images: A folder beside the text for the figures, which are linked then, and for the files that both are made
+            from, a folder for each run.
     """
     lines = ["# Results", "", "Written by `sartor report` from run folders; not edited by hand.", ""]
     told: list[str] = []
@@ -152,9 +153,10 @@ def _text_of_run(report: Report, folder: Path, images: Path | None) -> list[str]
     command = _command(files)
     lines = [f"## {title(report, files)}", "", f"```sh\n{command}\n```", "", _versions(files), ""]
     lines += [report.footnote(files), ""] if report.footnote(files) else []
+    name = f"{report.experiment}-{files['config.json'].get('preset', 'run')}"
     if images is not None:
-        images.mkdir(parents=True, exist_ok=True)
         drawn = _draw(report, folder, files)
+        _keep(report, folder, images / name)
     for part in (part for part in report.parts if not part.large):
         grid, missing = _grid(part, files)
         path, _ = drawn.get(part.name, (None, ""))
@@ -163,10 +165,18 @@ def _text_of_run(report: Report, folder: Path, images: Path | None) -> list[str]
         lines += [f"### {part.title}", "", missing or part.text, ""]
         lines += [*tables.as_markdown(grid), "", f"From `{part.source}` of `{command}`.", ""] if grid else []
         if path is not None and images is not None:
-            name = f"{report.experiment}-{files['config.json'].get('preset', 'run')}-{path.name}"
-            (images / name).write_bytes(path.read_bytes())
-            lines += [f"![{part.title}]({images.name}/{name})", ""]
+            (images / f"{name}-{path.name}").write_bytes(path.read_bytes())
+            lines += [f"![{part.title}]({images.name}/{name}-{path.name})", ""]
     return [*lines, "### Settings", "", *tables.as_markdown(_settings(files)), ""]
+
+
+def _keep(report: Report, folder: Path, copy: Path) -> None:
+    """Copy the files that the text is made from: the report of the copy is the same, without what is large."""
+    copy.mkdir(parents=True, exist_ok=True)
+    names = dict.fromkeys((*_ALWAYS, *(part.source for part in report.parts if not part.large)))
+    for name in names:
+        if (folder / name).exists() and folder.resolve() != copy.resolve():
+            (copy / name).write_bytes((folder / name).read_bytes())
 
 
 def _settings(files: Files) -> tables.Grid:

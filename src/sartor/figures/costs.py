@@ -16,6 +16,7 @@ Columns = Mapping[str, np.ndarray]
 RECIPES = ("recipe", "recipe_quick")
 """Studies that are shown beside the main one."""
 _MODEL_MARKERS = "osD^v"
+_INFINITE = 1e6  # percent that stand for an infinite cost
 _FAR = 150.0  # percent of `stand` beyond which a number stands at the edge: one bad method must not hide the others
 
 
@@ -76,7 +77,7 @@ def environments(rows: Columns) -> Figure | None:
     image = ax.pcolormesh(percent, cmap="RdBu_r", norm=norm, edgecolors="white", linewidth=0.5)
     for (i, j), value in np.ndenumerate(percent):
         dark = abs(norm(value) - 0.5) > 0.28
-        ax.text(j + 0.5, i + 0.5, f"{value:.0f}", ha="center", va="center", fontsize=8, color="w" if dark else INK)
+        ax.text(j + 0.5, i + 0.5, _short(value), ha="center", va="center", fontsize=8, color="w" if dark else INK)
     marked = _saturated(rows)
     ax.set_xticks(np.arange(len(columns)) + 0.5, [f"{e}{'*' if e in marked else ''}" for e in columns])
     ax.set_yticks(np.arange(len(arms)) + 0.5, [arm.method for arm in arms])
@@ -128,7 +129,7 @@ def capacity(rows: Columns) -> Figure | None:
         mine = [arm for arm in arms if arm.method == method]
         x = np.array([sizes.index(arm.variant) for arm in mine]) + 0.06 * (i - 0.5 * (len(methods) - 1))
         found = [evaluate.ratio(rows, arm, Arm("stand", p)) for arm in mine]
-        value, low, high = np.minimum(100.0 * np.array([(f.value, f.low, f.high) for f in found]).T, 1e6)
+        value, low, high = np.minimum(100.0 * np.array([(f.value, f.low, f.high) for f in found]).T, _INFINITE)
         color = line(method)["color"]
         ax.vlines(x, low, high, color=color, lw=1.4)
         ax.plot(x, value, "o", color=color, ms=5, label=method)
@@ -186,7 +187,11 @@ def _by_environment(each: pairing.Pairs, environments: list[int]) -> np.ndarray:
 
 def _percent(each: pairing.Pairs, axis: int) -> np.ndarray:
     """Geometric means; one with a cost that is infinite stands far off the figure."""
-    return np.minimum(100.0 * np.exp(np.log(each.values[0] / each.values[1]).mean(axis)), 1e6)
+    return np.minimum(100.0 * np.exp(np.log(each.values[0] / each.values[1]).mean(axis)), _INFINITE)
+
+
+def _short(percent: float) -> str:
+    return f"{percent:.0f}" if percent < _INFINITE else "∞"
 
 
 def _panels(count: int, methods: int, height: float = 0.36) -> tuple[Figure, Sequence[Axes]]:
@@ -195,16 +200,16 @@ def _panels(count: int, methods: int, height: float = 0.36) -> tuple[Figure, Seq
 
 
 def _bar(ax: Axes, y: float, found: evaluate.Interval, color: str) -> None:
-    ax.barh(y, min(100.0 * (found.value - 1.0), 1e6), left=100.0, height=0.62, color=color, alpha=0.45)
+    ax.barh(y, min(100.0 * (found.value - 1.0), _INFINITE), left=100.0, height=0.62, color=color, alpha=0.45)
     _point(ax, y, found, color, "|")
 
 
 def _point(ax: Axes, y: float, found: evaluate.Interval, color: str, marker: str) -> None:
-    value, low, high = (min(100.0 * x, 1e6) for x in (found.value, found.low, found.high))
+    value, low, high = (min(100.0 * x, _INFINITE) for x in (found.value, found.low, found.high))
     ax.hlines(y, low, high, color=INK if marker == "|" else color, lw=1.5)
     ax.plot(value, y, marker, ms=6, color=color)
-    if 100.0 * found.value > _FAR:
-        ax.text(_FAR, y, f"{100.0 * found.value:.0f} → ", ha="right", va="center", fontsize=9, clip_on=True)
+    if value > _FAR:
+        ax.text(_FAR, y, f"{_short(value)} → ", ha="right", va="center", fontsize=9, clip_on=True)
 
 
 def _runs(ax: Axes, y: float, rows: Columns, arm: Arm) -> None:
