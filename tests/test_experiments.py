@@ -1,13 +1,20 @@
 """The Panda experiment end to end on its smoke preset: every file that the report reads, and resuming."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from sartor import report
 from sartor.experiments import panda
 from sartor.experiments.panda_studies import VARIANTS
+from sartor.lerobot import read_lerobot
 from sartor.report_panda import REPORT
 
 
@@ -42,6 +49,14 @@ def test_labels_are_counted_and_explained(finished):
     labels = json.loads((out / "labels.json").read_text())["0"]
     assert labels["ours"]["failed"] == 0 and labels["ours"]["samples"] > 0
     assert 0.0 < labels["ours"]["explained"] <= 1.0
+
+
+def test_the_tailored_model_and_the_logs_are_handed_over(finished):
+    out, _ = finished
+    assert (out / "tailored.npz").read_bytes() == (out / "models" / "ours-p2-m0-s0-r1.npz").read_bytes()
+    config = panda.Config(preset="smoke").resolved()
+    for name, runs in (("excitation", config.pretrain_payloads), ("pretrained-0", config.finetune_payloads)):
+        assert len(read_lerobot(out / "dataset" / name)) == runs
 
 
 def test_report_is_one_page(finished):
@@ -84,6 +99,27 @@ def test_another_run_in_the_same_folder_is_refused(finished):
 def test_wrong_settings_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
         panda.Config(**fields).resolved()
+
+
+@pytest.mark.slow  # minutes of compiling, several times
+def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_same_numbers(finished, tmp_path):
+    start = [sys.executable, "-c", "from sartor.cli import main; main()", "run", "panda"]
+    for wanted in ("parts/excite-0.npz", "models/pretrained-0.npz", "labels/*.npz", "tests/stand*.json"):
+        how = (
+            ["--resume", str(tmp_path)]
+            if (tmp_path / "config.json").exists()
+            else ["--preset", "smoke", "--out", str(tmp_path)]
+        )
+        with subprocess.Popen([*start, *how], stdout=subprocess.DEVNULL, start_new_session=True) as run:
+            while run.poll() is None and not list(tmp_path.glob(wanted)):
+                time.sleep(0.1)
+            if run.poll() is None:
+                os.killpg(run.pid, signal.SIGKILL)
+    subprocess.run([*start, "--resume", str(tmp_path)], check=True, stdout=subprocess.DEVNULL)
+    costs = lambda out: pq.read_table(out / "evaluations.parquet").to_pydict()
+    killed, whole = costs(tmp_path), costs(finished[0])
+    assert killed["method"] == whole["method"] and killed["environment"] == whole["environment"]
+    np.testing.assert_allclose(killed["J"], whole["J"], rtol=1e-6)
 
 
 @pytest.mark.slow  # some minutes of compiling

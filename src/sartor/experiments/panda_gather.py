@@ -120,8 +120,7 @@ def _traces(config: Any, out: Path, done: list[Cell]) -> None:
     example = min(3, config.tests - 1)
     names = {"pretrained": "pretrained-0", "oracle_damping": "oracle_damping"}
     names |= {cell.method: cell.final(config) for cell in _first(config, done, ("main",))}
-    for cell in _first(config, done, RECIPES):
-        names["recipe"] = cell.final(config)
+    names |= {"recipe": cell.final(config) for cell in _first(config, done, RECIPES)[:1]}  # noqa: B035
     traces, spectra = {}, {}
     for method, name in names.items():
         logs = stages.load_logs(out / "tests" / f"{name}.npz")[: config.tests]
@@ -146,7 +145,7 @@ def _hand_over(config: Any, out: Path, done: list[Cell], rows: list[dict]) -> No
     first = _first(config, done, RECIPES if asked else ("main",))
     if not first:
         return
-    cell = next((cell for cell in first if cell.method == "ours"), first[-1])
+    cell = next((cell for cell in first if cell.method == "ours"), first[0])
     source = out / "models" / f"{cell.final(config)}.npz"
     if not (out / "tailored.npz").exists() or (out / "tailored.npz").read_bytes() != source.read_bytes():
         with replacing_file(out / "tailored.npz") as new:

@@ -10,6 +10,7 @@ Study = Literal["ablation", "alone", "capacity", "recipe", "recipe_quick", "roun
 _BOTH = ("stand", "ours")
 _ALL = ("stand", "ours", "ones", "norm", "mpc_cost", "ours_avg", "ours_shuffled")
 _RECIPE = {"rounds": 2, "finetune_payloads": 100}
+_CONTROL = ("one round, 100 payloads, as many gradient steps as two", {"finetune_payloads": 100, "epochs": 22})
 VARIANTS: dict[str, list[tuple[str, tuple[str, ...], dict[str, Any]]]] = {
     "ablation": [
         ("trajectory error", ("ours",), {"error": "trajectory"}),
@@ -49,7 +50,7 @@ VARIANTS: dict[str, list[tuple[str, tuple[str, ...], dict[str, Any]]]] = {
         ("[8, 8], recipe", ("stand_env",), {"widths": (8, 8), **_RECIPE}),
         ("[8, 8], LSTM of 8, recipe", ("stand_env",), {"widths": (8, 8), "hidden": 8, **_RECIPE}),
     ],
-    "recipe": [("two rounds, 100 payloads", ("stand_env",), _RECIPE)],
+    "recipe": [("two rounds, 100 payloads", ("stand_env",), _RECIPE), (_CONTROL[0], ("stand_env",), _CONTROL[1])],
     "recipe_quick": [("two rounds", ("stand_env",), {"rounds": 2})],
     "rounds": [
         ("two rounds", ("stand", "ours", "stand_env", "regret"), {"rounds": 2}),
@@ -57,17 +58,14 @@ VARIANTS: dict[str, list[tuple[str, tuple[str, ...], dict[str, Any]]]] = {
         ("two rounds, dither", ("stand",), {"rounds": 2, "dither": 0.02}),
         ("two rounds, 100 payloads", ("stand", "regret"), _RECIPE),
         ("two rounds, 100 payloads, anchor of 1", ("stand",), {**_RECIPE, "anchor": 1.0}),
-        (
-            "one round, 100 payloads, as many gradient steps as two",
-            ("stand", "stand_env"),
-            {"finetune_payloads": 100, "epochs": 22},
-        ),
+        (_CONTROL[0], ("stand",), _CONTROL[1]),
     ],
 }
 """By study: a name, the weightings, and the fields of the configuration that differ. In `alone` the weights act on the
-whole loss, as published; what else keeps the closed loop stable is that the inertia stays as pretrained. The recipe is
-what had the lowest cost on the validation payloads of `rounds`; `recipe_quick` is the same with as little data as there
-is."""
+whole loss, as published; what else keeps the closed loop stable is that the inertia stays as pretrained. The recipe
+joins what had the lowest costs on the validation payloads of `rounds`: two rounds, 100 payloads, and of the weightings
+with two rounds `stand_env`; beside it one round with as many gradient steps, to tell its own loop from more training.
+`recipe_quick` is the same with as little data as there is."""
 _OF_ALL_SEEDS = ("alone", "recipe")
 OF_MODEL = ("widths", "num_contexts", "hidden", "num_layers", "damping")
 OF_LABELS = ("curvature", "tau", "sensitivity")

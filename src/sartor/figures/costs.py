@@ -1,6 +1,7 @@
 """Closed-loop costs: who tracks better than `stand`, where, and how sure that is."""
 
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -170,7 +171,7 @@ def _has(rows: Columns, arm: Arm, baseline: str | Arm = "stand", protocol: pairi
 
 def _name(arm: Arm) -> str:
     """On an axis."""
-    return f"{arm.method},\n{arm.variant}" if arm.variant else arm.method
+    return f"{arm.method},\n{fill(arm.variant, 26)}" if arm.variant else arm.method
 
 
 def _saturated(rows: Columns) -> set[int]:
