@@ -19,11 +19,10 @@ import numpy as np
 from sartor.experiments import panda_jobs as jobs
 from sartor.experiments import panda_stages as stages
 from sartor.experiments.jobs import Job, Monitor, Workers
-from sartor.experiments.panda_config import Config
+from sartor.experiments.panda_config import NEEDS_LABELS, Config
 from sartor.experiments.panda_gather import gather
 from sartor.experiments.panda_studies import Cell, cells
 from sartor.experiments.panda_truth import agreement, check, moments, truth_files
-from sartor.experiments.panda_weights import NEEDS_LABELS
 from sartor.experiments.run_folder import opened
 
 

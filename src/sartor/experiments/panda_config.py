@@ -5,11 +5,20 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from sartor.experiments.panda_studies import Study
-from sartor.experiments.panda_weights import NEEDS_LABELS, WINDOW, Weighting
 from sartor.experiments.presets import check_least
 from sartor.systems import panda
 from sartor.weights import States
+
+Study = Literal["ablation", "alone", "capacity", "recipe", "recipe_quick", "rounds"]
+Weighting = Literal[
+    "ones", "stand", "norm", "mpc_cost", "ours", "ours_avg", "ours_shuffled", "stand_env", "regret", "regret_env",
+    "closed_loop", "closed_loop_env",
+]  # fmt: skip
+NEEDS_LABELS = ("ours", "ours_avg", "ours_shuffled", "regret", "regret_env", "closed_loop", "closed_loop_env")
+FIRST_MOMENT = 15
+"""Control step of the first moment of the truth check: by then the context knows the payload."""
+WINDOW = 40
+"""Control steps of the closed loop that count for one torque: its effect has died out by then."""
 
 _SMOKE: dict[str, Any] = dict(
     models=1, seeds=1, weightings=("stand", "ours"), rollouts=(2,), steps=40, pretrain_payloads=4,
@@ -32,8 +41,6 @@ _PAPER: dict[str, Any] = dict(
 )  # fmt: skip
 _DEFAULT: dict[str, Any] = dict(others=(), studies=(), study_seeds=1, validation=0, protocols=(), truth=0)
 _PRESETS = {"smoke": _DEFAULT | _SMOKE, "quick": _DEFAULT | _QUICK, "paper": _DEFAULT | _PAPER}
-FIRST_MOMENT = 15
-"""Control step of the first moment of the truth check: by then the context knows the payload."""
 _CAN_BE_NOTHING = {*_DEFAULT, "anchor"}  # 0 and () are values of these
 
 

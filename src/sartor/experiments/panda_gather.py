@@ -14,9 +14,10 @@ from sartor import pairing
 from sartor.evaluate import mark_unstable
 from sartor.experiments import panda_jobs as jobs
 from sartor.experiments import panda_stages as stages
+from sartor.experiments.panda_config import NEEDS_LABELS, Config
 from sartor.experiments.panda_studies import Cell, cells
 from sartor.experiments.panda_truth import correlations, truth_files
-from sartor.experiments.panda_weights import NEEDS_LABELS, combined
+from sartor.experiments.panda_weights import combined
 from sartor.figures.costs import RECIPES
 from sartor.files import read_json, replacing_file, save_arrays, write_json
 from sartor.lerobot import write_lerobot
@@ -27,7 +28,7 @@ from sartor.systems import panda
 from sartor.weights import explained
 
 
-def gather(config: Any, out: Path) -> None:
+def gather(config: Config, out: Path) -> None:
     """Write what the report reads, as far as it is there."""
     done = [cell for cell in cells(config) if (out / "tests" / f"{cell.final(config)}.json").exists()]
     rows = _baselines(config, out) + [row for cell in done for row in _episodes(config, out, cell)]
@@ -44,7 +45,7 @@ def gather(config: Any, out: Path) -> None:
     _truth(config, out, rows)
 
 
-def _baselines(config: Any, out: Path) -> list[dict]:
+def _baselines(config: Config, out: Path) -> list[dict]:
     rows = []
     kinds = {kind: -1 for kind in ("nominal", "oracle", "oracle_damping")}
     kinds |= {f"pretrained-{m}": m for m in range(config.models)}
@@ -54,7 +55,7 @@ def _baselines(config: Any, out: Path) -> list[dict]:
     return rows
 
 
-def _episodes(config: Any, out: Path, cell: Cell) -> list[dict]:
+def _episodes(config: Config, out: Path, cell: Cell) -> list[dict]:
     """Rows of a cell, those of its earlier epochs included."""
     name, key = cell.final(config), cell._asdict()
     held_out = read_json(out / "models" / f"{name}.json")["validation"] or [np.nan] * config.epochs
@@ -71,7 +72,7 @@ def _rows(path: Path, key: dict[str, Any], epoch: int, loss: float, last: bool) 
     return [common | {"split": split(row)} | row for row in read_json(path)]
 
 
-def _main_size(config: Any, rows: list[dict]) -> list[dict]:
+def _main_size(config: Config, rows: list[dict]) -> list[dict]:
     """The main study's models of the same seeds, as a size among others."""
     same = {"study": "capacity", "variant": str(list(config.widths))}
     mine = lambda r: r["study"] == "main" and r["p"] == config.rollouts[0] and r["last"]
@@ -79,14 +80,14 @@ def _main_size(config: Any, rows: list[dict]) -> list[dict]:
     return [row | same for row in chosen if row["seed"] < config.study_seeds]
 
 
-def _curve(config: Any, out: Path, cell: Cell) -> list[dict]:
+def _curve(config: Config, out: Path, cell: Cell) -> list[dict]:
     curve = read_json(out / "models" / f"{cell.final(config)}.json")
     held_out = curve["validation"] or [np.nan] * len(curve["train"])
     pairs = zip(curve["train"], held_out, strict=True)
     return [cell._asdict() | {"epoch": i, "train_loss": a, "validation_loss": b} for i, (a, b) in enumerate(pairs, 1)]
 
 
-def _labels(config: Any, out: Path) -> None:
+def _labels(config: Config, out: Path) -> None:
     if not set(config.weightings) & set(NEEDS_LABELS):
         return
     table, maps = {}, {}
@@ -115,7 +116,7 @@ def _labels(config: Any, out: Path) -> None:
     save_arrays(out / "maps.npz", **maps)
 
 
-def _traces(config: Any, out: Path, done: list[Cell]) -> None:
+def _traces(config: Config, out: Path, done: list[Cell]) -> None:
     """Episodes of one environment, and spectra of the velocity error over all, of the first model and seed."""
     example = min(3, config.tests - 1)
     names = {"pretrained": "pretrained-0", "oracle_damping": "oracle_damping"}
@@ -133,12 +134,12 @@ def _traces(config: Any, out: Path, done: list[Cell]) -> None:
     save_arrays(out / "spectrum.npz", frequencies=np.fft.rfftfreq(config.steps + 1, panda.DT), **spectra)
 
 
-def _first(config: Any, done: list[Cell], studies: Sequence[str]) -> list[Cell]:
+def _first(config: Config, done: list[Cell], studies: Sequence[str]) -> list[Cell]:
     """Of the first pretrained model and seed, at the first p: their test episodes are kept."""
     return [c for c in done if c.study in studies and c.p == config.rollouts[0] and c.model == c.seed == 0]
 
 
-def _hand_over(config: Any, out: Path, done: list[Cell], rows: list[dict]) -> None:
+def _hand_over(config: Config, out: Path, done: list[Cell], rows: list[dict]) -> None:
     """The tailored model for its user, `tailored.npz`, and a clip of it beside the pretrained one: those of the recipe,
     or of `ours` where there is none."""
     asked = set(RECIPES) & set(config.studies or ())
@@ -153,7 +154,7 @@ def _hand_over(config: Any, out: Path, done: list[Cell], rows: list[dict]) -> No
         _clip(config, out, cell, rows)
 
 
-def _clip(config: Any, out: Path, cell: Cell, rows: list[dict]) -> None:
+def _clip(config: Config, out: Path, cell: Cell, rows: list[dict]) -> None:
     """In the environment where the pretrained model does as well as it does on the median."""
     before = [row for row in rows if row["method"] == "pretrained" and row["model"] == 0 and row["split"] == "test"]
     middle = int(np.argsort([row["J"] for row in before])[len(before) // 2])
@@ -169,7 +170,7 @@ def _clip(config: Any, out: Path, cell: Cell, rows: list[dict]) -> None:
         warnings.warn(f"no clip of the arm: {error}", stacklevel=2)
 
 
-def _data(config: Any, out: Path) -> None:
+def _data(config: Config, out: Path) -> None:
     """Counts of samples, and what was recorded as LeRobot datasets: excitation, and the closed loops of each model."""
     numbers: dict[str, dict[str, int]] = {}
     groups = {"excitation": tuple(sorted((out / "parts").glob("excite-*.npz")))}
@@ -202,7 +203,7 @@ def _speed(out: Path) -> None:
         write_json(out / "speed.json", {"rows": sorted(rows, key=lambda row: row["parameters"])})
 
 
-def _truth(config: Any, out: Path, rows: list[dict]) -> None:
+def _truth(config: Config, out: Path, rows: list[dict]) -> None:
     if not config.truth:
         return
     branches = truth_files(out, config)

@@ -12,8 +12,9 @@ import numpy as np
 
 from sartor.data import Log
 from sartor.experiments import panda_stages as stages
+from sartor.experiments.panda_config import NEEDS_LABELS, Config
 from sartor.experiments.panda_studies import Cell
-from sartor.experiments.panda_weights import NEEDS_LABELS, closed_loop_labels, weights
+from sartor.experiments.panda_weights import closed_loop_labels, weights
 from sartor.files import load_arrays, save_arrays, write_json
 from sartor.models.base import trainable
 from sartor.models.store import load_model, save_model
@@ -38,13 +39,13 @@ def kept(out: Path, source: str, number: int, count: int) -> list[Part]:
     return [(out / "data" / f"{source}-{number}-kept{part[0]}_{part[-1]}of{count}.npz", part) for part in parts]
 
 
-def data_of(out: Path, source: str, number: int, config: Any) -> list[Path]:
+def data_of(out: Path, source: str, number: int, config: Config) -> list[Path]:
     """All files of data of a round."""
     parts = driven(out, source, number, config.finetune_payloads) + kept(out, source, number, config.kept)
     return [file for file, _ in parts]
 
 
-def pretrain(output: Path, files: list[Path], config: Any, seed: int, monitor: Any) -> None:
+def pretrain(output: Path, files: list[Path], config: Config, seed: int, monitor: Any) -> None:
     """Pretrain one model."""
     stages.pretrained(output, logs_of(tuple(files)), config, seed, monitor)
 
@@ -57,19 +58,19 @@ def keep(output: Path, files: list[Path], part: np.ndarray, count: int, monitor:
     save_arrays(output, **{name: value[chosen] for name, value in whole.items()})
 
 
-def drive(output: Path, chosen: stages.Runs, model: Path, config: Any, seed: int, monitor: Any) -> None:
+def drive(output: Path, chosen: stages.Runs, model: Path, config: Config, seed: int, monitor: Any) -> None:
     """Closed loop for fine-tuning data."""
     noise = config.dither * np.asarray(panda.U_MAX)
     stages.collect(output, chosen, model, config.steps, noise, 1000 * seed + chosen.payloads[0], monitor)
 
 
-def label(output: Path, file: Path, model: Path, config: Any, monitor: Any) -> None:
+def label(output: Path, file: Path, model: Path, config: Config, monitor: Any) -> None:
     """Labels of the runs of one file."""
     options = {"curvature": config.curvature, "method": config.sensitivity}
     stages.labelled(output, stages.load_logs(file), model, config.label_stride, config.tau, options, monitor)
 
 
-def finetune(output: Path, start: Path, files: tuple[Path, ...], cell: Cell, config: Any, monitor: Any) -> None:
+def finetune(output: Path, start: Path, files: tuple[Path, ...], cell: Cell, config: Config, monitor: Any) -> None:
     """Fine-tune one model; those of all epochs are kept for `config.protocols`."""
     model, needed = load_model(start), cell.method in NEEDS_LABELS
     samples, labels, held_out = training_samples(files, start, config.label_stride, cell.labels if needed else "")
@@ -78,7 +79,12 @@ def finetune(output: Path, start: Path, files: tuple[Path, ...], cell: Cell, con
         config, cell.seed,
     )  # fmt: skip
     training = Training(
-        config.epochs, config.batch, config.learning_rate, seed=cell.seed, anchor=config.anchor, frozen=config.frozen
+        config.epochs,
+        config.batch,
+        config.learning_rate,
+        seed=cell.seed,
+        anchor=config.anchor or 0.0,
+        frozen=config.frozen,
     )
     validation = (samples.take(held_out), loss_weights(held_out)) if held_out.any() else None
 
@@ -87,13 +93,13 @@ def finetune(output: Path, start: Path, files: tuple[Path, ...], cell: Cell, con
         path.parent.mkdir(exist_ok=True)
         save_model(path, stages.as_type(model, float))
 
-    keep_epochs = after_epoch if cell.study == "main" and cell.method in config.protocols else None
+    keep_epochs = after_epoch if cell.study == "main" and cell.method in (config.protocols or ()) else None
     stages.tailored(
         output, start, samples.take(~held_out), loss_weights(~held_out), validation, training, monitor, keep_epochs
     )
 
 
-def test(output: Path, kind: str, model: Path | None, config: Any, episodes: bool, monitor: Any) -> None:
+def test(output: Path, kind: str, model: Path | None, config: Config, episodes: bool, monitor: Any) -> None:
     """Test and validation episodes of one controller; their metrics, and all of them if `episodes`."""
     chosen = stages.runs("test", stages.TEST, config.tests, config.steps)
     if config.validation:
@@ -145,7 +151,7 @@ def label_rate(files: list[Path], folder: str) -> float:
     return float(np.median(known)) if known else np.nan
 
 
-def speed(output: Path, model: Path, config: Any, monitor: Any) -> None:
+def speed(output: Path, model: Path, config: Config, monitor: Any) -> None:
     """Size of a model, and how long the MPC takes for a control step with it on this core."""
     belief, chosen = load_model(model), stages.runs("test", stages.TEST, 1, TIMED_STEPS)
     tracker, robots, times = stages.controller("model", chosen.payloads, belief), stages.plants(chosen.payloads), []

@@ -19,6 +19,7 @@ from jaxtyping import Array
 
 from sartor.data import Log
 from sartor.evaluate import episode_metrics
+from sartor.experiments.panda_config import Config
 from sartor.files import load_arrays, save_arrays, write_json
 from sartor.kkt import LQ
 from sartor.labelling import SOLVER, label_samples, references_ahead
@@ -104,7 +105,7 @@ def _lqr_torques(bodies: RigidBody, xs: Array, refs: Array) -> Array:
     return jax.vmap(one)(bodies, xs, refs)
 
 
-def pretrained(output: Path, logs: list[Log], config: Any, seed: int, monitor: Any) -> None:
+def pretrained(output: Path, logs: list[Log], config: Config, seed: int, monitor: Any) -> None:
     """A model trained on the torques that the payloads need."""
     model = CaDeLaC(
         nominal(config.damping), widths=config.widths, num_contexts=config.num_contexts, hidden=config.hidden,
@@ -128,7 +129,7 @@ def pretrained(output: Path, logs: list[Log], config: Any, seed: int, monitor: A
     checkpoint.unlink(missing_ok=True)
 
 
-def history_noise(config: Any) -> tuple[float, ...]:
+def history_noise(config: Config) -> tuple[float, ...]:
     """Noise of the histories in pretraining."""
     return tuple(config.pretrain_noise * std for std in panda.HISTORY_NOISE) if config.pretrain_noise else ()
 

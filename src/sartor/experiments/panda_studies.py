@@ -3,9 +3,9 @@
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-Study = Literal["ablation", "alone", "capacity", "recipe", "recipe_quick", "rounds"]
+from sartor.experiments.panda_config import Config
 
 _BOTH = ("stand", "ours")
 _ALL = ("stand", "ours", "ones", "norm", "mpc_cost", "ours_avg", "ours_shuffled")
@@ -86,11 +86,11 @@ class Cell(NamedTuple):
         """Of its files."""
         return f"{self.method}-p{self.p}-m{self.model}-s{self.seed}{suffix(self.variant)}"
 
-    def config(self, config: Any) -> Any:
+    def config(self, config: Config) -> Any:
         """The configuration with what is different for this model."""
         return replace(config, **overrides(self))
 
-    def final(self, config: Any) -> str:
+    def final(self, config: Config) -> str:
         """Name of the model of the last round."""
         return f"{self.name}-r{self.config(config).rounds}"
 
@@ -105,7 +105,7 @@ class Cell(NamedTuple):
         return f"labels{_first_with(self, OF_LABELS)}"
 
 
-def cells(config: Any) -> list[Cell]:
+def cells(config: Config) -> list[Cell]:
     """All models to be fine-tuned: those of the first p, the studies, then those of the other p."""
     first, *rest = (list(_main(config, p)) for p in config.rollouts)
     return [*first, *_studies(config), *(cell for of_p in rest for cell in of_p)]
@@ -129,7 +129,7 @@ def suffix(variant: str) -> str:
     return "-" + re.sub(r"[^a-z0-9]+", "_", variant.lower()).strip("_") if variant else ""
 
 
-def _main(config: Any, p: int) -> Iterator[Cell]:
+def _main(config: Config, p: int) -> Iterator[Cell]:
     methods = [m for m in config.weightings if p == config.rollouts[0] or not config.others or m in config.others]
     for seed in range(config.seeds):
         for model in range(config.models):
@@ -137,9 +137,9 @@ def _main(config: Any, p: int) -> Iterator[Cell]:
                 yield Cell(model, method, p, seed)
 
 
-def _studies(config: Any) -> Iterator[Cell]:
-    for study in config.studies:
-        for seed in range(config.seeds if study in _OF_ALL_SEEDS else min(config.study_seeds, config.seeds)):
+def _studies(config: Config) -> Iterator[Cell]:
+    for study in config.studies or ():
+        for seed in range(config.seeds if study in _OF_ALL_SEEDS else min(config.study_seeds or 0, config.seeds)):
             for variant, methods, _ in VARIANTS[study]:
                 for model in range(config.models):
                     for method in methods:

@@ -15,9 +15,9 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from sartor.experiments import panda_stages as stages
-from sartor.experiments.panda_config import FIRST_MOMENT
+from sartor.experiments.panda_config import FIRST_MOMENT, WINDOW, Config
 from sartor.experiments.panda_jobs import training_samples
-from sartor.experiments.panda_weights import WINDOW, closed_loop_labels, weights
+from sartor.experiments.panda_weights import closed_loop_labels, weights
 from sartor.files import load_arrays, save_arrays, write_json
 from sartor.labels import label
 from sartor.models.base import Theta
@@ -45,17 +45,17 @@ class Branches(NamedTuple):
     """(B, 7), d²J/du_t²; NaN where a torque limit is nearer than ε."""
 
 
-def moments(config: Any) -> list[int]:
+def moments(config: Config) -> list[int]:
     """Control steps of the test episodes at which is branched."""
-    return np.linspace(FIRST_MOMENT, config.steps - STEPS - 1, config.truth).astype(int).tolist()
+    return np.linspace(FIRST_MOMENT, config.steps - STEPS - 1, config.truth or 0).astype(int).tolist()
 
 
-def truth_files(out: Path, config: Any) -> list[list[Path]]:
+def truth_files(out: Path, config: Config) -> list[list[Path]]:
     """Of each pretrained model, one file for each moment."""
     return [[out / "truth" / f"model-{m}-{t}.npz" for t in moments(config)] for m in range(config.models)]
 
 
-def check(output: Path, model: Path, config: Any, moment: int, monitor: Any) -> None:
+def check(output: Path, model: Path, config: Config, moment: int, monitor: Any) -> None:
     """Job: slopes and curvatures at one moment of the test episodes, and the labels there."""
     chosen = stages.runs("test", stages.TEST, config.tests, config.steps)
     robots, tracker = stages.plants(chosen.payloads), stages.controller("model", chosen.payloads, load_model(model))
@@ -202,7 +202,9 @@ def _ranks(estimate: np.ndarray, true: np.ndarray) -> dict[str, float]:
     }  # fmt: skip
 
 
-def agreement(output: Path, files: tuple[Path, ...], models: Path, names: list[str], config: Any, monitor: Any) -> None:
+def agreement(
+    output: Path, files: tuple[Path, ...], models: Path, names: list[str], config: Config, monitor: Any
+) -> None:
     """Job: every loss of some models on the data held out from fine-tuning."""
     start, p = models / f"{names[0]}.npz", config.rollouts[0]
     samples, labels, held_out = training_samples(files, start, config.label_stride, "labels")

@@ -1,11 +1,11 @@
 """The weightings that the Panda experiment compares, from labels and the statistics of the data."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
 
 import equinox as eqx
 import numpy as np
 
+from sartor.experiments.panda_config import WINDOW, Config
 from sartor.models.base import AbstractModel
 from sartor.samples import Windows
 from sartor.systems import panda
@@ -22,16 +22,9 @@ from sartor.weights import (
     scaled,
 )
 
-Weighting = Literal[
-    "ones", "stand", "norm", "mpc_cost", "ours", "ours_avg", "ours_shuffled", "stand_env", "regret", "regret_env",
-    "closed_loop", "closed_loop_env",
-]  # fmt: skip
-WINDOW = 40  # control steps: the effect of one torque has died out by then
-NEEDS_LABELS = ("ours", "ours_avg", "ours_shuffled", "regret", "regret_env", "closed_loop", "closed_loop_env")
-
 
 def weights(
-    method: str, samples: Windows, labels: dict[str, np.ndarray], model: AbstractModel, num_steps: int, config: Any,
+    method: str, samples: Windows, labels: dict[str, np.ndarray], model: AbstractModel, num_steps: int, config: Config,
     seed: int = 0,
 ) -> Weights:  # fmt: skip
     """Weights of some samples.
@@ -68,7 +61,7 @@ def weights(
     return found
 
 
-def combined(labels: dict[str, np.ndarray], config: Any) -> np.ndarray:
+def combined(labels: dict[str, np.ndarray], config: Config) -> np.ndarray:
     """S = |Σ_j g_j du_0[j]/de| or Σ_j |g_j du_0[j]/de| from the parts of labels, (B, N, nx).
 
     The slopes g at ε = 0.1 Nm are those of any other ε up to its size: at a bound, where they are multipliers instead,
