@@ -14,7 +14,7 @@ References and accelerations are there if the logs have them. Numbers are float6
 LeRobot declares the type of each feature, and its loader hands out float32 tensors all the same. To open one there:
 
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
-    dataset = LeRobotDataset("me/logs", root="path/to/folder")
+    dataset = LeRobotDataset("me/logs", root="path/to/folder")  # tried with lerobot 0.4.4
 
 References: the LeRobotDataset v3.0 documentation of Hugging Face.
 """

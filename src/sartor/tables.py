@@ -124,14 +124,15 @@ def sizes(rows: pairing.Table) -> Grid:
 def labels(content: dict[str, Any]) -> Grid:
     """How many labels, how fast, and how little of them depends on the sample."""
     header = ["label", "model", "samples", "failed", "explained by the mean map", "labels/s and core",
-              "variation by joint"]  # fmt: skip
+              "rank correlation with ours", "variation by joint"]  # fmt: skip
     body = []
     for model, variants in content.items():
         for variant in order(list(variants)):
             v = variants[variant]
             cv = " ".join(f"{c:.2f}" for c in v.get("cv", []))
             explained, rate = f"{v['explained']:.1%}", _number(v.get("rate"), 0)
-            body.append([variant, model, f"{v['samples']}", f"{v['failed']}", explained, rate, cv])
+            rank = _number(v.get("rank"), 2)
+            body.append([variant, model, f"{v['samples']}", f"{v['failed']}", explained, rate, rank, cv])
     return Grid(header, body)
 
 

@@ -97,7 +97,7 @@ def _labels(config: Config, out: Path) -> None:
         logs = jobs.logs_of(files)
         samples = windows(logs, load_model(out / "models" / f"pretrained-{m}.npz"), panda.HORIZON,
                           stride=config.label_stride)  # fmt: skip
-        table[str(m)] = {}
+        table[str(m)], first = {}, None
         for folder, variant in sets:
             if not all((out / folder / file.name).exists() for file in files):
                 continue
@@ -106,14 +106,22 @@ def _labels(config: Config, out: Path) -> None:
             kinds = {"closed_loop": found["S_closed_loop"]} if not variant else {}
             for name, S in {"ours": combined(found, config), **kinds}.items():
                 q = S[ok][:, : config.rollouts[0], :7]
+                first = (S, found["ok"]) if first is None else first
                 table[str(m)][f"{name}, {variant}" if variant else name] = {
                     "samples": int(ok.sum()), "failed": int((~found["ok"]).sum()), "explained": explained(q),
                     "cv": (q.std((0, 1)) / q.mean((0, 1))).tolist(), "rate": jobs.label_rate(list(files), folder),
+                    "rank": _rank(S[ok & first[1]], first[0][ok & first[1]]),
                 }  # fmt: skip
                 if not variant:
                     maps[f"S_{name}"] = maps.get(f"S_{name}", 0.0) + S[ok].mean(0) / config.models
     write_json(out / "labels.json", table)
     save_arrays(out / "maps.npz", **maps)
+
+
+def _rank(S: np.ndarray, other: np.ndarray) -> float:
+    """Rank correlation of two label sets over the samples, mean over the entries of a label that are not constant."""
+    pairs = zip(S.reshape(len(S), -1).T, other.reshape(len(S), -1).T, strict=True)
+    return float(np.mean([np.asarray(spearmanr(a, b))[0] for a, b in pairs if np.ptp(a) > 0 and np.ptp(b) > 0]))
 
 
 def _traces(config: Config, out: Path, done: list[Cell]) -> None:
