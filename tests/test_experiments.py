@@ -108,7 +108,7 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_same_numbers(finished
         how = (
             ["--resume", str(tmp_path)]
             if (tmp_path / "config.json").exists()
-            else ["--preset", "smoke", "--out", str(tmp_path)]
+            else ["--preset", "smoke", "--workers", "2", "--out", str(tmp_path)]
         )
         with subprocess.Popen([*start, *how], stdout=subprocess.DEVNULL, start_new_session=True) as run:
             while run.poll() is None and not list(tmp_path.glob(wanted)):

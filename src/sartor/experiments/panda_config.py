@@ -23,7 +23,7 @@ WINDOW = 40
 _SMOKE: dict[str, Any] = dict(
     models=1, seeds=1, weightings=("stand", "ours"), rollouts=(2,), steps=40, pretrain_payloads=4,
     pretrain_references=1, pretrain_epochs=2, finetune_payloads=2, kept=2, label_stride=8, epochs=1, batch=32, tests=2,
-    curvature="gauss_newton", anchor=10.0,
+    curvature="gauss_newton", anchor=10.0, workers=0,
 )  # fmt: skip
 _QUICK: dict[str, Any] = dict(
     models=1, seeds=1, weightings=("stand", "ours", "stand_env", "regret_env"), rollouts=(4,), steps=500,
@@ -39,7 +39,7 @@ _PAPER: dict[str, Any] = dict(
     finetune_payloads=60, kept=30, label_stride=5, epochs=8, batch=256, tests=20, curvature="exact", anchor=3.0,
     studies=("rounds", "recipe", "alone", "capacity", "ablation"), validation=10, protocols=("stand", "ours"), truth=4,
 )  # fmt: skip
-_DEFAULT: dict[str, Any] = dict(others=(), studies=(), study_seeds=1, validation=0, protocols=(), truth=0)
+_DEFAULT: dict[str, Any] = dict(others=(), studies=(), study_seeds=1, validation=0, protocols=(), truth=0, workers=2)
 _PRESETS = {"smoke": _DEFAULT | _SMOKE, "quick": _DEFAULT | _QUICK, "paper": _DEFAULT | _PAPER}
 _CAN_BE_NOTHING = {*_DEFAULT, "anchor"}  # 0 and () are values of these
 
@@ -138,8 +138,8 @@ class Config:
     num_layers: int = 1
     """Number of LSTMs. One of 24 has no more parameters than the published five of 10, and learns far more in the same
     time."""
-    workers: int = 2
-    """Processes, one for each core; 0: do all in this one."""
+    workers: int | None = None
+    """Processes, one for each core; 0: do all in this one, so that nothing is compiled twice; none: from the preset."""
 
     def __post_init__(self):
         check_least(
