@@ -68,7 +68,7 @@ class MPC(eqx.Module):
 
     def init(self, x: Float[Array, " nx"]) -> Memory:
         """Memory before control step 0, from a cold start at the measured state x, which must be finite."""
-        theta = self._theta(0)
+        theta = self.theta_of(0)
         sol = solve(self.problem, theta, x, solver=self.first_solver, throw=False)
         start = _cold_start(self.problem, theta, x, sol)
         us = jnp.where(sol.successful & _finite(sol), sol.us, start.us)
@@ -81,7 +81,13 @@ class MPC(eqx.Module):
 
         A failed solve does not raise; a state that is not finite does, unless it is traced.
         """
-        theta = self._theta(k)
+        return self.plan(x, k, memory)[:3]
+
+    def plan(
+        self, x: Float[Array, " nx"], k: Int[Array, ""] | int, memory: Memory
+    ) -> tuple[Float[Array, " nu"], Memory, Info, Solution]:
+        """As a call of the controller, and the solution behind the control, whether or not the solve succeeded."""
+        theta = self.theta_of(k)
         low, high = self.problem.bounds
         # Bounds of each stage belong to the stage, not to the control that a shift has moved there.
         guess = eqx.tree_at(lambda g: g.us, memory.guess, jnp.clip(memory.guess.us, low, high))
@@ -95,9 +101,11 @@ class MPC(eqx.Module):
             u,
             Memory(next_guess, jnp.concatenate([us[1:], us[-1:]]), jnp.zeros_like(memory.num_steps)),
             info,
+            sol,
         )
 
-    def _theta(self, k: Int[Array, ""] | int) -> Theta:
+    def theta_of(self, k: Int[Array, ""] | int) -> Theta:
+        """Parameters of the problem at control step k."""
         return self.theta if self.theta_at is None else self.theta_at(self.theta, k)
 
 

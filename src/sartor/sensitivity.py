@@ -128,19 +128,29 @@ def solve_linearised(lin: Linearisation, rhs: Direction) -> Direction:
     return unravel(jax.lax.custom_linear_solve(matrix, flat, solve, symmetric=True))
 
 
-def solution_tangent(lin: Linearisation, r: Residual) -> Point:
-    """Tangent of the solution for a tangent `r` of the residual at fixed z: dz = -(∂r/∂z)⁻¹ r."""
-    shifts = jax.tree.map(jnp.multiply, r.rows, lin.row_scale)
-    given = jax.tree.map(jnp.multiply, r.rows, lin.given_scale)
+def right_hand_side(lin: Linearisation, r: Residual) -> Direction:
+    """That of (D7) for a tangent `r` of the residual at fixed z."""
+    shifts, given = _row_tangents(lin, r)
     row_us, row_xs = kkt.rows_cotangent(lin.jacobian, given)
     rows = jax.tree.map(lambda on, shift, mu: jnp.where(on, -shift, -mu), lin.active, shifts, given)
-    d = solve_linearised(lin, Direction(-r.us - row_us, -r.xs - row_xs, -r.lams, rows))
+    return Direction(-r.us - row_us, -r.xs - row_xs, -r.lams, rows)
+
+
+def solution_tangent(lin: Linearisation, r: Residual) -> Point:
+    """Tangent of the solution for a tangent `r` of the residual at fixed z: dz = -(∂r/∂z)⁻¹ r."""
+    d = solve_linearised(lin, right_hand_side(lin, r))
+    shifts, _ = _row_tangents(lin, r)
     free = jax.tree.map(lambda mu, g: jnp.where(g == 0, 1.0, 0.0), d.mus, lin.given_scale)
     slacks = jax.tree.map(
         lambda on, mu, ratio, row, shift, free: jnp.where(on, -ratio * mu, -free * (row + shift)),
         lin.active, d.mus, lin.relaxation, kkt.rows_tangent(lin.jacobian, d.us, d.xs), shifts, free,
     )  # fmt: skip
     return Point(d.us, d.xs, d.lams, d.mus, slacks)
+
+
+def _row_tangents(lin: Linearisation, r: Residual) -> tuple[Rows, Rows]:
+    """How far rows move, and the multipliers of those that have a given one."""
+    return jax.tree.map(jnp.multiply, r.rows, lin.row_scale), jax.tree.map(jnp.multiply, r.rows, lin.given_scale)
 
 
 def error_sensitivity(
