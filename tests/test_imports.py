@@ -14,7 +14,7 @@ ROOT = Path(sartor.__file__).parent
 ORDER = [
     {"problem"}, {"solution"}, {"kkt"}, {"riccati"}, {"sensitivity"}, {"solvers.base"},
     {"solvers.qp", "solvers.active_set"}, {"solvers.sqp", "solvers.box_ddp"}, {"solve"}, {"labels"}, {"mpc"}, {"files"},
-    {"parameters"}, {"descent"}, {"imitate"},
+    {"parameters"}, {"descent"}, {"imitate"}, {"policy_gradient"}, {"estimators"},
     {"models.spatial"}, {"models.rigid_body", "models.integrate"}, {"models.mjcf"}, {"models.base"},
     {"models.lagrangian"}, {"models.mlp"}, {"models.store"}, {"data"}, {"logs", "lerobot_meta"}, {"lerobot"},
     {"weights"}, {"samples"}, {"train"}, {"labelling"}, {"plant", "render"}, {"tracking"},

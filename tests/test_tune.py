@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sartor import MPC, Problem, Softening
+from sartor import MPC, Problem, Softening, estimators
 from sartor.policy_gradient import cost_gradient, feedback, roll_out, sensitivities
 
 STEPS = 12
@@ -77,3 +77,78 @@ def test_with_the_true_model_it_is_the_gradient(loop):
     Xs, Us = jax.jit(lambda: sensitivities(build, THETA, rollout, along))()
     chained = jnp.einsum("tx,txn->n", slopes[0], Xs) + jnp.einsum("tu,tun->n", slopes[1], Us)
     np.testing.assert_allclose(chained, jax.flatten_util.ravel_pytree(found)[0], rtol=1e-9, atol=1e-9)
+
+
+# --- Estimators ------------------------------------------------------------------------------------------------------
+
+N = 5
+CURVATURE = np.diag([1.0, 2.0, 0.5, 3.0, 1.5]) + 0.3
+SLOPE = np.array([1.0, -2.0, 0.5, 0.0, 1.5])
+BIASED = jnp.asarray(1.3 * SLOPE + np.array([0.2, 0.3, -0.4, 0.5, 0.0]))
+
+
+def measured(estimator, count, memory, distance=0.1):
+    """Estimates at θ = 0 of ½ θᵀHθ + gᵀθ, whose smoothed gradient there is g, with a model that is wrong."""
+    v = jax.random.normal(jax.random.key(0), (count, N))
+    v = v / jnp.linalg.norm(v, axis=1, keepdims=True)
+    s = v @ SLOPE + 0.5 * distance * jnp.einsum("bi,ij,bj->b", v, CURVATURE, v)
+    return jax.vmap(lambda v, s: estimator(3, BIASED, v, s, memory)[0])(v, s)
+
+
+@pytest.mark.parametrize(
+    "estimator, memory",
+    [
+        (estimators.Zeroth(), ()),
+        (estimators.ControlVariate(), estimators.Regression(jnp.asarray(0.0), jnp.asarray(0.0))),
+        (estimators.ControlVariate(), estimators.Regression(jnp.asarray(0.9), jnp.asarray(1.2))),
+    ],
+    ids=["zeroth", "control_variate_1", "control_variate_0.75"],
+)
+def test_unbiased_estimators_have_the_smoothed_gradient_as_their_mean(estimator, memory):
+    found = np.asarray(measured(estimator, 200_000, memory))
+    error = found.std(0) / len(found) ** 0.5
+    assert np.all(np.abs(found.mean(0) - SLOPE) < 4.5 * error) and np.all(error < 0.02)
+
+
+def test_the_control_variate_lowers_the_variance_as_its_formula_says():
+    known = estimators.Regression(jnp.asarray(0.9), jnp.asarray(1.2))
+    for estimator, memory, rest in (
+        (estimators.Zeroth(), (), SLOPE), (estimators.ControlVariate(), known, SLOPE - 0.75 * np.asarray(BIASED)),
+    ):  # fmt: skip
+        variance = np.asarray(measured(estimator, 200_000, memory, distance=1e-6)).var(0).sum()
+        assert variance == pytest.approx((N - 1) * rest @ rest, rel=0.05)
+
+
+def test_the_regression_finds_the_scale_of_the_model():
+    estimator = estimators.ControlVariate()
+    memory = estimator.init(BIASED)
+    rng = np.random.default_rng(0)
+    for k in range(30):
+        v = jnp.asarray(rng.normal(size=N))
+        v = v / jnp.linalg.norm(v)
+        _, memory = estimator(k, BIASED, v, 0.4 * BIASED @ v, memory)
+    assert float(memory.products / memory.squares) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("estimator", [estimators.InverseVariance(), estimators.Alpha(0.995)], ids=["inverse", "alpha"])
+def test_mixtures_trust_a_right_model_and_not_a_wrong_one(estimator):
+    rng, right = np.random.default_rng(0), {}
+    for name, d in (("right", jnp.asarray(SLOPE)), ("wrong", -20.0 * jnp.asarray(SLOPE))):
+        memory = estimator.init(d)
+        estimate, g = jax.jit(estimator), d
+        for k in range(400):
+            v = rng.normal(size=N)
+            v = v / np.linalg.norm(v)
+            g, memory = estimate(k, d, v, SLOPE @ v, memory)
+        zeroth = N * (SLOPE @ v) * v
+        right[name] = float((g - zeroth) @ (d - zeroth) / ((d - zeroth) @ (d - zeroth)))
+    assert (
+        right["right"] > (0.99 if isinstance(estimator, estimators.InverseVariance) else 0.2) and right["wrong"] < 0.05
+    )
+
+
+def test_the_hybrid_begins_with_the_model():
+    v, s = jnp.eye(N)[0], jnp.asarray(2.0)
+    np.testing.assert_array_equal(estimators.Hybrid(0.5)(0, BIASED, v, s, ())[0], BIASED)
+    expected = 0.5 * BIASED + 0.5 * N * 2.0 * v
+    np.testing.assert_allclose(estimators.Hybrid(0.5)(3, BIASED, v, s, ())[0], expected)
