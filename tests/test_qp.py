@@ -14,6 +14,7 @@ from scipy.optimize import lsq_linear
 
 import sartor
 from cases import sample
+from sartor.solvers import qp
 from sartor.solvers.box_ddp import box_qp
 
 N, NX, NU, NH, NHN = 5, 3, 3, 2, 2
@@ -234,3 +235,22 @@ def test_box_qp_says_where_the_hessian_is_not_definite_on_the_free_controls():
     H, G = jnp.diag(jnp.asarray([1.0, -1.0])), jnp.zeros((2, 2))
     *_, definite = solve_box(H, jnp.asarray([0.1, 0.0]), G, -jnp.full(2, INF), jnp.full(2, INF))
     assert not definite
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    g=st.floats(-10, 10), mu=st.floats(0, 60), log_tau=st.floats(-12, 0), linear=st.sampled_from([0.0, 5.0, 25.0]),
+    quadratic=st.sampled_from([0.0, 0.3, 25.0]),
+)  # fmt: skip
+def test_a_warm_start_is_inside_whatever_is_known(g, mu, log_tau, linear, quadratic):
+    """Also where the multiplier of a violated soft row lies between its linear penalty and the whole one."""
+    if linear == quadratic == 0.0:
+        return
+    tau, one = jnp.asarray(10.0**log_tau), lambda value: jnp.asarray([value])
+    rules = qp.Rules(one(True), one(False), one(linear), one(quadratic))
+    mus, t, s, nus = (float(part[0]) for part in qp.center(rules, one(g), one(mu), tau))
+    assert mus > 0 and t > 0 and s >= 0 and nus >= 0
+    np.testing.assert_allclose(mus * t, tau, rtol=1e-9)
+    if linear > 0:
+        assert s > 0 and nus > 0
+        np.testing.assert_allclose(s * nus, tau, rtol=1e-6 if s < g else 1.0)

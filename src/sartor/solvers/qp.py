@@ -154,12 +154,16 @@ def center(rules: Rules, g: Array, mus: Array, tau: Array) -> tuple[Array, Array
     margin = jnp.minimum(tau / violated, 0.5 * ceiling)
     saturated = with_nu & (mus > ceiling - margin)
     mus = jnp.where(saturated, ceiling - margin, mus)
+    # s ν = τ with ν = rest + quadratic·s; a multiplier above the linear penalty means that the row is violated.
     rest = rules.linear - mus
-    root = jnp.sqrt(rest**2 + 4.0 * rules.quadratic * tau)
-    small = 2.0 * tau / jnp.where(with_nu & ~saturated, jnp.maximum(rest, 0.0) + root, 1.0)
-    s = jnp.where(saturated, violated, small)
-    s = jnp.where(rules.linear > 0, s, mus / jnp.where(rules.quadratic > 0, rules.quadratic, 1.0))
-    nus = jnp.where(with_nu, jnp.where(saturated, margin, rest + rules.quadratic * s), 0.0)
+    sum_of_both = jnp.abs(rest) + jnp.sqrt(rest**2 + 4.0 * rules.quadratic * tau)
+    sum_of_both = jnp.where(with_nu & ~saturated, sum_of_both, 1.0)
+    quadratic = jnp.where(rules.quadratic > 0, rules.quadratic, 1.0)
+    above = rest < 0
+    s = jnp.where(saturated, violated, jnp.where(above, 0.5 * sum_of_both / quadratic, 2.0 * tau / sum_of_both))
+    s = jnp.where(rules.linear > 0, s, mus / quadratic)
+    nus = jnp.where(above, 2.0 * rules.quadratic * tau / sum_of_both, 0.5 * sum_of_both)
+    nus = jnp.where(with_nu, jnp.where(saturated, margin, nus), 0.0)
     exist = rules.exist
     s = jnp.where(rules.hard, 0.0, s)
     return jnp.where(exist, mus, 0.0), jnp.where(exist, tau / mus, 1.0), s, nus
