@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sartor.data import Log, check, split
+from sartor.data import Log, check
 
 
 def run(nq=3, num=300, dt=0.02, seed=0, environment=0):
@@ -99,34 +99,3 @@ def test_rows_that_are_not_finite_are_named():
     us[[3, 4, 5, 6, 7, 9], 1] = np.nan
     with pytest.raises(ValueError, match=r"us\[:, 1\] is .*not finite in rows 3, 4, 5, 6, 7 and 1 more\."):
         check(log._replace(us=us))
-
-
-@given(num=st.integers(2, 40), share=st.floats(0.01, 0.99), seed=st.integers(0, 100))
-def test_split_is_a_partition(num, share, seed):
-    logs = [run(1, 2, seed=i, environment=i // 3) for i in range(num)]
-    train, held = split(logs, share, seed)
-    again = split(logs, share, seed)
-    place = {id(log): i for i, log in enumerate(logs)}
-    order = lambda part: [place[id(log)] for log in part]
-    assert sorted(order(train) + order(held)) == list(range(num))
-    assert order(train) == sorted(order(train)) and order(held) == sorted(order(held))
-    assert [order(part) for part in again] == [order(train), order(held)]
-    assert len(held) == min(max(round(share * num), 1), num - 1)
-
-
-def test_split_by_environment_keeps_runs_together():
-    logs = [run(1, 2, seed=i, environment=i % 5) for i in range(20)]
-    train, held = split(logs, 0.4, 1, by="environment")
-    sides = [{log.environment for log in part} for part in (train, held)]
-    assert not sides[0] & sides[1] and len(sides[1]) == 2 and len(held) == 8
-    assert len({tuple(sorted(log.environment for log in split(logs, 0.4, s, "environment")[1])) for s in range(9)}) > 1
-
-
-def test_split_says_what_it_cannot_do():
-    logs = [run(1, 2)] * 3
-    with pytest.raises(ValueError, match="share must"):
-        split(logs, 1.0, 0)
-    with pytest.raises(ValueError, match="at least two environments"):
-        split(logs, 0.5, 0, by="environment")
-    with pytest.raises(ValueError, match="by must"):
-        split(logs, 0.5, 0, by="joint")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Logs of a controlled system: what one holds, whether it can be true, and how a set of them is split.
+"""Logs of a controlled system: what one holds, and whether it can be true.
 
     x_k = [q_k, qd_k],   u(t) = u_k  for  k·dt ≤ t < (k + 1)·dt
 
@@ -9,7 +9,7 @@ Files: `sartor.lerobot` (datasets) and `sartor.logs` (Parquet and CSV of your ow
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -140,34 +140,6 @@ def check_velocities(
                 f"{where}: velocity {qd_names[i]} is {r:.3g} times the derivative of position {q_names[i]}, over"
                 f" {len(times)} rows: {reason}. State the units that the log has, or convert it to rad or m, and s."
             )
-
-
-def split(
-    logs: Sequence[Log], share: float, seed: int, by: Literal["run", "environment"] = "run"
-) -> tuple[list[Log], list[Log]]:
-    """Hold out a random share of the logs, the same for the same seed.
-
-    Args:
-        logs: The logs.
-        share: Share that is held out, between 0 and 1; at least one and never all of them.
-        seed: Of the draw.
-        by: Hold out single runs, or environments with all of their runs (to see how a model does on a new payload).
-
-    Returns: those to train on and those held out for validation, each in the order of `logs`.
-    """
-    if by not in ("run", "environment"):
-        raise ValueError(f"by must be 'run' or 'environment', not {by!r}.")
-    if not 0 < share < 1:
-        raise ValueError(f"share must lie between 0 and 1 (the part that is held out), not {share}.")
-    groups = np.array([i if by == "run" else log.environment for i, log in enumerate(logs)])
-    names = np.unique(groups)
-    if len(names) < 2:
-        raise ValueError(f"logs must hold at least two {by}s to split by {by}, not {len(names)}: record more.")
-    num_held = min(max(round(share * len(names)), 1), len(names) - 1)
-    held = np.isin(groups, np.random.default_rng(seed).permutation(names)[:num_held])
-    return [log for log, h in zip(logs, held, strict=True) if not h], [
-        log for log, h in zip(logs, held, strict=True) if h
-    ]
 
 
 def listed(rows: np.ndarray) -> str:

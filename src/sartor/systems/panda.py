@@ -177,24 +177,6 @@ def problem(dynamics: Callable, horizon: int = HORIZON) -> Problem:
     return arm.problem(dynamics, Q=WEIGHTS, R=PENALTY, **limits, dt=DT, horizon=horizon)
 
 
-def tracking_cost(xs: ArrayLike, refs: ArrayLike) -> NDArray[np.float64]:
-    """J = 1/T Σ_{t=0}^{T} |x_t - r_t|²_Q of episodes of T steps, without a cost of the controls.
-
-    Args:
-        xs: States (..., T+1, 14).
-        refs: Reference in the same rows.
-
-    Returns: (...,).
-    References: Węgrzynowski et al., Learning What Matters, eq. (7).
-    """
-    xs, refs = np.asarray(xs), np.asarray(refs)
-    if xs.shape[-2:] != refs.shape[-2:] or xs.shape[-1] != 14 or xs.shape[-2] < 2:
-        raise ValueError(
-            f"xs and refs must both have shape (..., T+1, 14) with T ≥ 1, not {xs.shape} and {refs.shape}."
-        )
-    return np.einsum("...tx,x->...", (xs - refs) ** 2, np.asarray(WEIGHTS)) / (xs.shape[-2] - 1)
-
-
 def _draw(rng: np.random.Generator, count: int) -> Reference:
     """Candidates: uniform coefficients, of which A_5, B_1 and B_2 follow so that all starts at rest in q₀.
 
