@@ -76,7 +76,7 @@ def test_a_run_of_the_linear_expert_resumes_to_the_same_numbers(tmp_path):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: imitation.Config(sizes=(0,)), "sizes and held_out must be at least 1"),
+        (lambda: imitation.Config(sizes=(0,)), "sizes must be at least 1"),
         (lambda: imitation.Config(methods=()), "methods is empty"),
         (lambda: imitation_lqr.Config(bound=0.0), "bound must be positive"),
         (lambda: unrealisable.Config(held_out=0), "held_out must be at least 1"),
