@@ -147,7 +147,7 @@ def test_the_recipe_stands_below_the_weightings_of_its_p(whole):
     rows = report.load(REPORT, whole)["evaluations.parquet"]
     left, right = costs.bars(rows).axes
     names = [label.get_text() for label in left.get_yticklabels()]
-    assert names[-1] == "stand_env,\ntwo rounds" and names[:-1] == list(METHODS)
+    assert names[-1] == "stand_env, two rounds" and names[:-1] == list(METHODS)
     found = evaluate.ratio(rows, pairing.Arm("stand_env", 4, "recipe", "two rounds"), pairing.Arm("stand", 4))
     ends = [line.get_segments()[0] for line in left.collections]
     assert any(np.allclose(e, [(100 * found.low, 5), (100 * found.high, 5)]) for e in ends)

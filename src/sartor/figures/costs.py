@@ -171,7 +171,7 @@ def _has(rows: Columns, arm: Arm, baseline: str | Arm = "stand", protocol: pairi
 
 def _name(arm: Arm) -> str:
     """On an axis."""
-    return f"{arm.method},\n{fill(arm.variant, 26)}" if arm.variant else arm.method
+    return fill(f"{arm.method}, {arm.variant}", 36) if arm.variant else arm.method
 
 
 def _saturated(rows: Columns) -> set[int]:
