@@ -58,6 +58,7 @@ VARIANTS: dict[str, list[tuple[str, tuple[str, ...], dict[str, Any]]]] = {
         ("two rounds, dither", ("stand",), {"rounds": 2, "dither": 0.02}),
         ("two rounds, 100 payloads", ("stand", "regret"), _RECIPE),
         ("two rounds, 100 payloads, anchor of 1", ("stand",), {**_RECIPE, "anchor": 1.0}),
+        ("two rounds, 100 payloads, learning rate of 0.003", ("stand_env",), {**_RECIPE, "learning_rate": 3e-3}),
         (_CONTROL[0], ("stand",), _CONTROL[1]),
     ],
 }
