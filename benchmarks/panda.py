@@ -35,7 +35,7 @@ class Config:
     """Of the labels' action sensitivity."""
     acados: bool = True
     """Generate and compile acados' solver (minutes), if acados is installed."""
-    num_steps: int = 60
+    num_steps: int = 80
     """Control steps of a closed loop."""
     repetitions: int = 7
     """Repetitions of everything but closed loops, of which the median counts."""
@@ -50,7 +50,7 @@ class Config:
 def main(config: Config) -> None:
     bind_to_one_core()
     if config.quick:
-        few = {"batches": (1,), "peer_batches": (1,), "piece_batch": 1, "num_steps": 24, "repetitions": 2}
+        few = {"batches": (1,), "peer_batches": (1,), "piece_batch": 1, "num_steps": 48, "repetitions": 2}
         config = replace(config, **few, timeout=5.0, curvatures=("exact",), methods=("curvature",))
     if not {*config.peer_batches, config.piece_batch} <= set(config.batches):
         sys.exit("--peer-batches and --piece-batch must be among --batches.")
@@ -83,6 +83,8 @@ def measure(config: Config, say: Any) -> dict[str, list[dict]]:
     for batch in config.batches:
         say(f"labels, batch {batch}")
         out["labels"] += m.label_rows(model, main_drive.visits, batch, kinds, *limits)
+    say("labels, all samples")
+    out["labels"] += [m.samples_row(model, main_drive, curvature, *limits) for curvature in config.curvatures]
     peer = make_peer(model, say) if config.acados else None
     say("steps beside acados")
     out["peer"] = m.peer_rows(model, [drives[batch] for batch in config.peer_batches], peer)
@@ -147,7 +149,8 @@ STEP_NOTE = (
 )
 LABEL_NOTE = (
     "`sartor.labels.label` under `jax.vmap`: a converged Gauss-Newton solve from the executed trajectory, and the"
-    " label. Failed: samples without a label. First call: tracing and compiling."
+    " label. The last rows are `label_samples` on the logs of the closed loop: solves in large batches, which wait less"
+    " for the slowest, labels in small ones. Failed: samples without a label. First call: tracing and compiling."
 )
 PIECE_NOTE = (
     "Medians, all evaluations in one call: for all robots and stages, or for all robots. The parts do not add up: an"

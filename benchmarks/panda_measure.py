@@ -11,13 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 import sartor
+from sartor.data import Log
 from sartor.experiments import panda_stages as stages
 from sartor.labelling import SOLVER as LABEL_SOLVER
+from sartor.labelling import label_samples, references_ahead
 from sartor.labels import label
 from sartor.models.base import ArmDynamics, Theta
 from sartor.models.lagrangian import CaDeLaC
 from sartor.models.mjcf import from_mujoco
 from sartor.plant import Plants
+from sartor.samples import windows
 from sartor.solution import RESULTS
 from sartor.systems import panda
 from sartor.tracking import Loop, Tracker
@@ -164,6 +167,25 @@ def label_rows(
     return list(rows.values())
 
 
+def samples_row(model: CaDeLaC, driven: Drive, curvature: Any, repetitions: int, limit: float) -> Row:
+    """All samples of a closed loop at once, by `label_samples`, as `sartor label` and the experiment do it."""
+    xs, us = (np.stack([getattr(visit, name) for visit in driven.visits], 1) for name in ("x", "u"))
+    refs = np.stack([visit.refs[:, 0] for visit in driven.visits], 1)
+    logs = [Log(x, u[:-1], r, panda.DT, i) for i, (x, u, r) in enumerate(zip(xs, us, refs, strict=True))]
+    samples = windows(logs, model, PROBLEM.horizon)
+    ahead, cpu, begun = references_ahead(logs, samples, PROBLEM.horizon), time.process_time(), time.perf_counter()
+    found = label_samples(PROBLEM, model, samples, ahead, curvature=curvature)
+    row = {
+        "curvature": curvature.replace("_", "-"), "method": "curvature, by label_samples", "batch": samples.size,
+        "failed": float(np.mean(~found["ok"])), "first": time.perf_counter() - begun,
+        "first_cpu": time.process_time() - cpu,
+    }  # fmt: skip
+    call = timed(label_samples, PROBLEM, model, samples, ahead, curvature=curvature)
+    timing = interleave({"all": call}, repetitions, limit)["all"]
+    rate = samples.size / timing.forward
+    return row | {"seconds": timing.forward, "rate": rate, "repetitions": timing.repetitions}
+
+
 def labelling(curvature: Any, method: Any) -> Callable:
     """(model, z, refs, x0, xs, us) -> labels and whether each is one."""
 
@@ -189,12 +211,12 @@ def executed(visits: list[Visit], batch: int) -> tuple:
     return tuple(jnp.asarray(np.stack(column)) for column in zip(*rows, strict=True))
 
 
-def timed(call: Callable, *inputs: Any) -> Callable[[], Phases]:
+def timed(call: Callable, *inputs: Any, **options: Any) -> Callable[[], Phases]:
     """The time of a call, until its results are there."""
 
     def once() -> Phases:
         start = time.perf_counter()
-        jax.block_until_ready(call(*inputs))
+        jax.block_until_ready(call(*inputs, **options))
         return Phases(time.perf_counter() - start)
 
     return once

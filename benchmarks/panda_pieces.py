@@ -111,13 +111,11 @@ def rk4_step(model, x, u, lam, z):
 
 
 def with_jacobian(model, x, u, lam, z):
-    twice = lambda w: (rk4_step(model, w[:14], w[14:], lam, z),) * 2
-    return jax.jacfwd(twice, has_aux=True)(jnp.concatenate([x, u]))
+    return PROBLEM.dynamics.expand_step(x, u, 0, Theta(model, z, None))[:2]
 
 
 def with_hessian(model, x, u, lam, z):
-    bend = PROBLEM.dynamics.contracted_hessian(x, u, 0, Theta(model, z, None), lam)
-    return with_jacobian(model, x, u, lam, z), bend
+    return PROBLEM.dynamics.expand_step(x, u, 0, Theta(model, z, None), lam)
 
 
 def linearisation(model, z, refs, x, guess):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import sartor
+from sartor import labelling
 from sartor.data import Log
 from sartor.labelling import SOLVER, label_samples, references_ahead
 from sartor.models.base import ArmDynamics, Nominal, Theta
@@ -48,8 +49,15 @@ def labelled():
     samples = windows([log()], MODEL, N)
     seen = []
     refs = references_ahead([log()], samples, N)
-    found = label_samples(PROBLEM, MODEL, samples, refs, monitor=lambda *progress: seen.append(progress), **OPTIONS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(labelling, "_CHUNK", 16)
+        found = label_samples(PROBLEM, MODEL, samples, refs, monitor=lambda *progress: seen.append(progress), **OPTIONS)
     return samples, refs, found, seen
+
+
+@pytest.mark.parametrize("size, expected", [(1, 16), (20, 32), (512, 512), (513, 272), (980, 496), (5000, 512)])
+def test_chunks_are_of_one_size_and_of_whole_groups(size, expected):
+    assert labelling._chunk(size) == expected
 
 
 def test_references_are_those_over_the_horizon_of_each_sample():

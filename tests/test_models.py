@@ -340,18 +340,22 @@ def test_backward_gradients_are_the_forward_ones(model):
 
 
 @OF_MODEL
-def test_second_derivatives_of_a_step_are_differences_of_first_ones(model):
+def test_a_step_expands_itself_as_automatic_differentiation_and_differences_do(model):
     w, lam, z = numbers(3 * N, seed=1), numbers(2 * N, seed=3), context_of(model)
-    theta, step = Theta(model, z, None), ArmDynamics(0.05)
+    theta, dynamics = Theta(model, z, None), ArmDynamics(0.05)
+    step = lambda w: dynamics(w[: 2 * N], w[2 * N :], 0, theta)
 
     @eqx.filter_jit
     def both(w):
-        gradient = jax.jacfwd(lambda w: lam @ step(w[: 2 * N], w[2 * N :], 0, theta))
-        return gradient(w), step.contracted_hessian(w[: 2 * N], w[2 * N :], 0, theta, lam)
+        return (step(w), jax.jacfwd(step)(w)), dynamics.expand_step(w[: 2 * N], w[2 * N :], 0, theta, lam)
 
     h = 1e-4
-    differences = jnp.stack([(both(w + h * e)[0] - both(w - h * e)[0]) / (2 * h) for e in jnp.eye(3 * N)])
-    close(both(w)[1], differences, 1e-7)
+    slope = lambda w: lam @ both(w)[0][1]
+    differences = jnp.stack([(slope(w + h * e) - slope(w - h * e)) / (2 * h) for e in jnp.eye(3 * N)])
+    expected, (x_next, J, hessian) = both(w)
+    close(hessian, differences, 1e-7)
+    close(x_next, expected[0])
+    close(J, expected[1])
 
 
 def test_single_precision_stays_single():

@@ -12,13 +12,8 @@ import numpy as np
 import pytest
 
 from sartor.models.mjcf import from_mjcf, from_mujoco
-from sartor.models.rigid_body import (
-    forward_dynamics,
-    frame_positions,
-    inverse_dynamics,
-    mass_matrix,
-    torque_hessian,
-)
+from sartor.models.rigid_body import forward_dynamics, frame_positions, inverse_dynamics, mass_matrix
+from sartor.models.torque_derivatives import torque_hessian
 from sartor.systems import panda
 
 TREES = (4, 9, 3)  # seeds; see test_the_trees_have_what_a_robot_may_have

@@ -13,9 +13,9 @@ import pytest
 
 from sartor.data import Log
 from sartor.models.base import AbstractModel, ArmDynamics, Theta, history, rest
+from sartor.models.links import RigidBody
 from sartor.models.mjcf import from_mujoco
 from sartor.models.mlp import ResidualMLP
-from sartor.models.rigid_body import RigidBody
 from sartor.samples import TorqueSamples, windows
 from sartor.train import Config, fit, inverse_errors, losses, mean_loss, optimise, pretrain, rollout_loss, torque_loss
 from sartor.weights import Elementwise, constant

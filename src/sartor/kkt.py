@@ -156,23 +156,33 @@ def expand(problem: Problem, theta: Theta, x0: Array, point: Point, exact: bool)
 
     q, r are gradients of the cost alone, so multipliers of the expansion are those of (D1) itself, not increments.
     The second derivatives of dynamics and constraints are computed if `exact`, and are kept apart from those of the
-    cost: see `with_bending`. Those of the dynamics come from its `contracted_hessian`, if it has one.
+    cost: see `with_bending`. Dynamics may expand themselves, by a method `expand_step(x, u, k, theta, lam) -> (x_next,
+    Jacobian in w = [x; u], Hessian of λᵀx_next in w, or None if lam is None)`.
     """
     nx, num_stages = point.xs.shape[1], problem.horizon
-    contracted = getattr(problem.dynamics, "contracted_hessian", None)
+    expand_dynamics = getattr(problem.dynamics, "expand_step", None)
+
+    def dynamics(x, u, k, lam):
+        if expand_dynamics is not None:
+            x_next, F, bend = expand_dynamics(x, u, k, theta, lam if exact else None)
+            return x_next, F, 0.0 if bend is None else bend
+
+        def first_order(w):
+            x_next, dual = _with_dual(lambda w: problem.dynamics(w[:nx], w[nx:], k, theta), w, lam, exact)
+            return (x_next, dual), x_next
+
+        (F, bend), x_next = jax.jacfwd(first_order, has_aux=True)(jnp.concatenate([x, u]))
+        return x_next, F, bend
 
     def stage(x, u, k, lam, mu):
         def first_order(w):
             cost, gradient = jax.value_and_grad(lambda w: problem.stage_cost(w[:nx], w[nx:], k, theta))(w)
-            dynamics = lambda w: problem.dynamics(w[:nx], w[nx:], k, theta)
-            x_next, dual = _with_dual(dynamics, w, lam, exact and contracted is None)
-            h, row_dual = _with_dual(lambda w: problem.path_rows(w[:nx], w[nx:], k, theta), w, mu, exact)
-            return (x_next, h, gradient, dual + row_dual), (x_next, h, gradient, cost)
+            h, dual = _with_dual(lambda w: problem.path_rows(w[:nx], w[nx:], k, theta), w, mu, exact)
+            return (h, gradient, dual), (h, gradient, cost)
 
-        (F, G, H, bend), values = jax.jacfwd(first_order, has_aux=True)(jnp.concatenate([x, u]))
-        if exact and contracted is not None:
-            bend = bend + contracted(x, u, k, theta, lam)
-        return (F, G, H, bend), values
+        x_next, F, bend = dynamics(x, u, k, lam)
+        (G, H, bend_rows), (h, gradient, cost) = jax.jacfwd(first_order, has_aux=True)(jnp.concatenate([x, u]))
+        return (F, G, H, bend + bend_rows), (x_next, h, gradient, cost)
 
     def final(x):
         cost, gradient = jax.value_and_grad(problem.terminal_cost)(x, theta)

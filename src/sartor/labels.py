@@ -180,8 +180,7 @@ def label(
     if error not in ("defect", "trajectory"):
         raise ValueError(f"error must be 'defect' or 'trajectory', not {error!r}.")
     sol = solve(problem, theta, x0, solver=solver, guess=guess, throw=False)
-    eps = jnp.asarray(eps, sol.us.dtype)
-    return _label(problem, theta, sol, eps, method, perturb, combine, error, curvature, solver)
+    return label_solution(problem, theta, sol, eps, method, perturb, combine, error, curvature, solver)
 
 
 def regret_factor(
@@ -206,7 +205,13 @@ def regret_factor(
 
 
 @eqx.filter_jit
-def _label(problem, theta, sol, eps, method, perturb, combine, error, curvature, solver) -> Label:
+def label_solution(
+    problem: Problem, theta: Theta, sol: Solution, eps: Any = 0.1, method: Method = "curvature",
+    perturb: Together = "one_by_one", combine: str = "signed", error: str = "defect", curvature: Curvature = "exact",
+    solver: AbstractSolver | None = None,
+) -> Label:  # fmt: skip
+    """The label of a sample whose solution is at hand; arguments as of `label`, unchecked."""
+    eps = jnp.asarray(eps, sol.us.dtype)
     lin = linearise(problem, theta, sol, curvature)
     adjoint = -first_control_adjoint(lin).lams
     du0_dx0, du0_de = adjoint[:, 0], adjoint[:, 1:]
@@ -323,9 +328,9 @@ class _Later(eqx.Module):
         return self.fn(x, u, k + 1, theta)
 
     @property
-    def contracted_hessian(self):
+    def expand_step(self):
         """That of `fn`, if it has one."""
-        inner = self.fn.contracted_hessian
+        inner = self.fn.expand_step
         return lambda x, u, k, theta, lam: inner(x, u, k + 1, theta, lam)
 
 

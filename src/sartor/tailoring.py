@@ -24,9 +24,9 @@ from sartor.labelling import label_samples, references_ahead
 from sartor.logs import Columns, read_log
 from sartor.models.base import AbstractModel, ArmDynamics
 from sartor.models.lagrangian import CaDeLaC
+from sartor.models.links import RigidBody
 from sartor.models.mjcf import from_mujoco
 from sartor.models.mlp import ResidualMLP
-from sartor.models.rigid_body import RigidBody
 from sartor.models.store import load_model, save_model
 from sartor.problem import Problem
 from sartor.samples import Windows, windows

@@ -25,8 +25,9 @@ from sartor.kkt import LQ
 from sartor.labelling import SOLVER, label_samples, references_ahead
 from sartor.models.base import AbstractModel, ArmDynamics, Nominal
 from sartor.models.lagrangian import CaDeLaC
+from sartor.models.links import RigidBody
 from sartor.models.mjcf import from_mujoco
-from sartor.models.rigid_body import RigidBody, inverse_dynamics, mass_matrix
+from sartor.models.rigid_body import inverse_dynamics, mass_matrix
 from sartor.models.store import load_model, save_model
 from sartor.plant import Plants, end_effector
 from sartor.riccati import factor

@@ -19,18 +19,13 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from sartor.models.integrate import rk4
-from sartor.models.rigid_body import (
-    RigidBody,
-    TorqueHessian,
-    inverse_dynamics,
-    inverse_root,
-    mass_matrix,
-    solve_acceleration,
-    torque_hessian,
-)
+from sartor.models.integrate import RK4_PLACES, RK4_WEIGHTS, held, rk4
+from sartor.models.links import RigidBody
+from sartor.models.rigid_body import inverse_dynamics, inverse_root, mass_matrix, mass_solver, solve_acceleration
+from sartor.models.torque_derivatives import TorqueHessian, torque_hessian, torque_jacobian
 
 
 class AbstractModel(eqx.Module):
@@ -56,6 +51,12 @@ class AbstractModel(eqx.Module):
     def power(self, q: Array, qd: Array, qdd: Array, z: Array, sigma: Array) -> Float[Array, ""]:
         """σᵀ residual; a model may write it in another way that is cheaper to differentiate backwards."""
         return sigma @ self.residual(q, qd, qdd, z)
+
+    def residual_jacobian(
+        self, q: Array, qd: Array, qdd: Array, z: Array
+    ) -> tuple[Float[Array, "n n"], Float[Array, "n n"]]:
+        """Jacobians of the residual in q and q̇; a model may write them out."""
+        return jax.jacfwd(self.residual, (0, 1))(q, qd, qdd, z)
 
     def residual_hessian(self, q: Array, qd: Array, qdd: Array, z: Array, sigma: Array) -> TorqueHessian:
         """Second derivatives of σᵀ residual in q, q̇ and q̈; a model may write them out."""
@@ -118,10 +119,13 @@ class ArmDynamics(eqx.Module):
         """The next state."""
         return rk4(_ode_reverse if self.reverse else _ode, self.dt)(x, u, k, theta)
 
-    def contracted_hessian(self, x: Array, u: Array, k: Any, theta: Theta, lam: Array) -> Float[Array, "nw nw"]:
-        """∂²(λᵀ x_next)/∂w² for w = [x; u] (D16): by the second derivatives of torques, not of accelerations."""
+    def expand_step(
+        self, x: Array, u: Array, k: Any, theta: Theta, lam: Array | None = None
+    ) -> tuple[Float[Array, " nx"], Float[Array, "nx nw"], Float[Array, "nw nw"] | None]:
+        """The next state, its Jacobian in w = [x; u] and, for a λ, ∂²(λᵀ x_next)/∂w² (D16)."""
         del k
-        return _contracted_hessian(x, u, theta, lam, self.dt)
+        x_next, J, stages = _expand(x, u, theta, self.dt)
+        return x_next, J, None if lam is None else _contracted_hessian(stages, theta, lam, self.dt)
 
 
 def history(
@@ -202,43 +206,64 @@ def _acceleration_bwd(kept: tuple, cotangent: Array, perturbed: Any, known: tupl
     return jax.grad(power)(free)
 
 
-def _contracted_hessian(x: Array, u: Array, theta: Theta, lam: Array, dt: float) -> Array:
-    """The stages s_i = ode(y_i, u) of RK4 have adjoints c_i, and only q̈ bends: its contribution is
+class _Stage(NamedTuple):
+    """A stage s = ode(y, u) of RK4 with w = [x; u]; with a leading axis, all four."""
 
-    -Wᵀ ∂²(σᵀ torque) W,   W = ∂(q, q̇, q̈)/∂(x, u) at stage i,   M σ = the part of c_i that belongs to q̈
-    """
-    n, (model, z) = u.shape[0], theta[:2]
-    place = dt * jnp.asarray([0.0, 0.5, 0.5, 1.0], x.dtype)
-    weight = dt * jnp.asarray([1.0, 2.0, 2.0, 1.0], x.dtype) / 6.0
-    eye = jnp.eye(3 * n, dtype=x.dtype)
+    y: Float[Array, " 2*n"]
+    s: Float[Array, " 2*n"]
+    dy: Float[Array, "2*n 3*n"]
+    """∂y/∂w."""
+    ds: Float[Array, "2*n 3*n"]
+    """∂s/∂w."""
+    M: Float[Array, "n n"]
+    """Mass matrix."""
+    slope: Float[Array, "n 2*n"]
+    """∂torque/∂(q, q̇)."""
+
+
+def _expand(x: Array, u: Array, theta: Theta, dt: float) -> tuple[Array, Array, _Stage]:
+    """One RK4 step, its Jacobian in w, and its stages: M dq̈ = du - ∂torque/∂(q, q̇) dy in each."""
+    n = u.shape[0]
+    place, weight = (dt * jnp.asarray(c, x.dtype) for c in (RK4_PLACES, RK4_WEIGHTS))
+    eye = jnp.asarray(np.eye(3 * n), x.dtype)
 
     def stage(carry, place):
         s, ds = carry
         y, dy = x + place * s, eye[: 2 * n] + place * ds
+        q, qd, (model, z) = y[:n], y[n:], held(theta[:2], y)
+        M = _mass((model, z), q)
+        solve = mass_solver(M)
+        qdd = solve(u - model.torque(q, qd, jnp.zeros_like(q), z))
+        body, residual = torque_jacobian(model.body, q, qd, qdd)[:2], model.residual_jacobian(q, qd, qdd, z)
+        slope = jnp.concatenate([a + b for a, b in zip(body, residual, strict=True)], 1)
+        s, ds = jnp.concatenate([qd, qdd]), jnp.concatenate([dy[n:], solve(eye[2 * n :] - slope @ dy)])
+        return (s, ds), _Stage(y, s, dy, ds, M, slope)
 
-        def ode(w):
-            s = _ode(w[: 2 * n], w[2 * n :], theta)
-            return s, s
+    _, stages = jax.lax.scan(stage, (jnp.zeros_like(x), jnp.zeros((2 * n, 3 * n), x.dtype)), place)
+    return x + weight @ stages.s, eye[: 2 * n] + jnp.tensordot(weight, stages.ds, 1), stages
 
-        J, s = jax.jacfwd(ode, has_aux=True)(jnp.concatenate([y, u]))
-        ds = J[:, : 2 * n] @ dy + J[:, 2 * n :] @ eye[2 * n :]
-        return (s, ds), (y, s[n:], dy, ds[n:], J)
 
-    start = (jnp.zeros_like(x), jnp.zeros((2 * n, 3 * n), x.dtype))
-    _, (ys, qdds, dys, dqdds, Js) = jax.lax.scan(stage, start, place)
-    c, cs = jnp.zeros_like(x), []
-    for i in reversed(range(4)):
-        ahead = place[i + 1] * Js[i + 1, :, : 2 * n].T @ c if i < 3 else 0.0
-        c = weight[i] * lam + ahead
-        cs.append(c)
-    sigmas = jnp.einsum("isu,is->iu", Js[:, n:, 2 * n :], jnp.stack(cs[::-1])[:, n:])
+def _contracted_hessian(stages: _Stage, theta: Theta, lam: Array, dt: float) -> Array:
+    """∂²(λᵀ x_next)/∂w². The stages have adjoints c, and only q̈ bends: each contributes
 
-    def bend(y, qdd, dy, dqdd, sigma):
-        q, qd = y[:n], y[n:]
-        body, residual = torque_hessian(model.body, q, qd, qdd, sigma), model.residual_hessian(q, qd, qdd, z, sigma)
-        return jax.tree.map(jnp.add, body, residual).times(dy[:n], dy[n:], dqdd)
+    -Wᵀ ∂²(σᵀ torque) W,   W = ∂(q, q̇, q̈)/∂w,   M σ = the part of c that belongs to q̈
+    """
+    n = stages.M.shape[-1]
+    places, weights = (dt * jnp.asarray(c, lam.dtype) for c in (RK4_PLACES, RK4_WEIGHTS))
 
-    return -jnp.sum(jax.lax.map(lambda s: bend(*s), (ys, qdds, dys, dqdds, sigmas)), 0)
+    def back(carry, at):
+        total, ahead = carry
+        (y, s, dy, ds, M, slope), place, weight = at
+        model, z = held(theta[:2], y)
+        c = weight * lam + ahead
+        sigma = mass_solver(M)(c[n:])
+        motion = y[:n], y[n:], s[n:]
+        body, residual = torque_hessian(model.body, *motion, sigma), model.residual_hessian(*motion, z, sigma)
+        total = total - jax.tree.map(jnp.add, body, residual).times(dy[:n], dy[n:], ds[n:])
+        return (total, place * (jnp.concatenate([jnp.zeros_like(sigma), c[:n]]) - sigma @ slope)), None
+
+    start = (jnp.zeros((3 * n, 3 * n), lam.dtype), jnp.zeros_like(lam))
+    return jax.lax.scan(back, start, (stages, places, weights), reverse=True)[0][0]
 
 
 def _torque(known: tuple[AbstractModel, Array], q: Array, qd: Array, qdd: Array) -> Array:

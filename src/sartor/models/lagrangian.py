@@ -19,7 +19,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sartor.models.base import AbstractModel
-from sartor.models.rigid_body import RigidBody
+from sartor.models.links import RigidBody
+from sartor.models.torque_derivatives import TorqueHessian
 
 _DIAGONAL_SHIFT = 0.1
 
@@ -142,6 +143,15 @@ class CaDeLaC(AbstractModel):
         """σᵀ residual, without the derivatives that are written out: those would be computed and transposed."""
         return sigma @ _plain_residual(q, qd, qdd, (self.inertia, self.potential, z))
 
+    def residual_jacobian(self, q: Array, qd: Array, qdd: Array, z: Array) -> tuple[Array, Array]:
+        """Jacobians of the residual in q and q̇, by the formulas of (D14)."""
+        by_q, by_qd, _ = _partials(q, qd, qdd, (self.inertia, self.potential, z))
+        return by_q.T, by_qd.T
+
+    def residual_hessian(self, q: Array, qd: Array, qdd: Array, z: Array, sigma: Array) -> TorqueHessian:
+        """Second derivatives of σᵀ residual, by the formulas of (D14)."""
+        return _second_partials(q, qd, qdd, sigma, (self.inertia, self.potential, z))
+
     def _factor(self, q: Array, z: Array) -> Array:
         """L."""
         return _lower(_entries(self.inertia(_features(q, z)), q.shape[0]))
@@ -199,6 +209,51 @@ def _partials(q: Array, qd: Array, qdd: Array, networks: tuple) -> tuple[Array, 
     L, L_dot = _lower(l), _lower(l_dot)
     H_dot = L_dot @ L.T
     return forced - J_qd @ J_qd.T - bend, H_dot + H_dot.T + moved - moved.T, L @ L.T
+
+
+def _second_partials(q: Array, qd: Array, qdd: Array, sigma: Array, networks: tuple) -> TorqueHessian:
+    """Second derivatives of σᵀ times (D14). With T(a, b) = aᵀH b and D_v the derivative in q along a fixed v,
+
+        σᵀ residual = T(σ, q̈) + D_q̇ T(σ, q̇) - D_σ (½ T(q̇, q̇) - P),
+
+    so that forms T and their first two derivatives in q, differentiated along q̇ and along σ, are all there is.
+    """
+    inertia, potential, z = networks
+    expand = lambda q: _expand(inertia.layers, q, qd, z, split=q.shape[0])
+
+    def along_qd(q):
+        net = expand(q)
+        rest = _form_hessian(net, sigma, qdd), net.value, sigma @ net.jacobian
+        return (_form_hessian(net, sigma, qd), _moved(net, sigma)), rest
+
+    def along_sigma(q):
+        net, energy = expand(q), _expand(potential.layers, q, qd, z)
+        return 0.5 * _form_hessian(net, qd, qd) - energy.hessian(jnp.ones(1, q.dtype)), _moved(net, qd)
+
+    (form, moved), (form_rate, moved_rate), rest = jax.jvp(along_qd, (q,), (qd,), has_aux=True)
+    _, (energy_slope, moved_slope) = jax.jvp(along_sigma, (q,), (sigma,))
+    pull, l, l_sigma = rest
+    H_sigma = _lower(l) @ _lower(l_sigma).T
+    return TorqueHessian(
+        q_q=pull + form_rate - energy_slope,
+        q_qd=moved_rate + form - moved_slope,
+        q_qdd=moved,
+        qd_qd=moved + moved.T - H_sigma - H_sigma.T,
+    )
+
+
+def _form_hessian(net: "_Expansion", a: Array, b: Array) -> Float[Array, "n n"]:
+    """Second derivatives of aᵀH b in q."""
+    l, J = net.value, net.jacobian
+    slope = _row(a) * _column(_transposed_times(l, b)) + _row(b) * _column(_transposed_times(l, a))
+    mixed = _transposed_times(J, a) @ _transposed_times(J, b).T
+    return net.hessian(slope) + mixed + mixed.T
+
+
+def _moved(net: "_Expansion", a: Array) -> Float[Array, "n n"]:
+    """Row k: ∂H/∂q_k a."""
+    l, J = net.value, net.jacobian
+    return _row_sums(J * _column(_transposed_times(l, a)) + l * _column(_transposed_times(J, a)))
 
 
 class _Expansion(NamedTuple):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import mujoco
 import numpy as np
 
-from sartor.models.rigid_body import RigidBody
+from sartor.models.links import RigidBody
 
 
 def from_mjcf(path: str | Path) -> RigidBody:

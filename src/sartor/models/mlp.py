@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from sartor.models.base import AbstractModel
 from sartor.models.lagrangian import Encoder, Network, check_sizes
-from sartor.models.rigid_body import RigidBody
+from sartor.models.links import RigidBody
 
 
 class ResidualMLP(AbstractModel):

@@ -18,8 +18,8 @@ import numpy as np
 from sartor.files import load_arrays, save_arrays
 from sartor.models.base import AbstractModel, Nominal
 from sartor.models.lagrangian import CaDeLaC
+from sartor.models.links import RigidBody
 from sartor.models.mlp import ResidualMLP
-from sartor.models.rigid_body import RigidBody
 
 _FORMAT, _VERSION = "sartor model", 1
 _CLASSES: dict[str, Any] = {cls.__name__: cls for cls in (Nominal, CaDeLaC, ResidualMLP)}
