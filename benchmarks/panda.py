@@ -144,8 +144,8 @@ def tables(measured: dict[str, list[dict]]) -> list:
 
 
 STEP_NOTE = (
-    "`Tracker.control`: history, context, one Gauss-Newton real-time iteration from the shifted plan, shift; along a"
-    " closed loop with MuJoCo robots of different payloads. First call: tracing, compiling and one step."
+    "A control step of `Tracker`: history, context, one Gauss-Newton real-time iteration from the shifted plan, shift;"
+    " along a closed loop with MuJoCo robots of different payloads. First call: tracing, compiling and one step."
 )
 LABEL_NOTE = (
     "`sartor.labels.label` under `jax.vmap`: a converged Gauss-Newton solve from the executed trajectory, and the"
@@ -155,9 +155,9 @@ LABEL_NOTE = (
 PIECE_NOTE = (
     "Medians, all evaluations in one call: for all robots and stages, or for all robots. The parts do not add up: an"
     " RK4 step contains four evaluations of the arm and the residual, the linearisation the Jacobians of RK4 and the"
-    " derivatives of the cost, `Tracker.control` all but the contracted Hessian and MuJoCo, which are given for"
+    " derivatives of the cost, the control step all but the contracted Hessian and MuJoCo, which are given for"
     " comparison. QP: the whole iteration less its linearisation, so residuals and status are in it. MuJoCo: 10"
-    " timesteps. Python: a call of `Tracker.control` less the compiled function in it, both timed in turn."
+    " timesteps. Python: a control step less the compiled function in it, both timed in turn."
 )
 PEER_NOTE = (
     "The same steps of the closed loops, from the same warm starts and contexts, in turn. acados: SQP_RTI with"

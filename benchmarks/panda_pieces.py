@@ -26,7 +26,7 @@ def piece_rows(model: CaDeLaC, driven: Drive, repetitions: int, limit: float) ->
     timings = interleave({name: call for name, (call, _) in found.items()}, repetitions, limit)
     rows = [(name, timings[name].forward, count) for name, (_, count) in found.items()]
     rest = timings["real-time iteration"].forward - timings["linearisation"].forward
-    rows += [("QP, and all else of the iteration", rest, driven.batch), ("Tracker.control", whole, driven.batch)]
+    rows += [("QP, and all else of the iteration", rest, driven.batch), ("control step", whole, driven.batch)]
     return [
         {"piece": name, "batch": driven.batch, "count": count, "seconds": seconds, "each": seconds / count,
          "share": seconds / whole}
@@ -55,7 +55,7 @@ def parts(model: CaDeLaC, visit: Visit) -> dict[str, tuple[Callable[[], Phases],
 
 
 def overhead_row(driven: Drive, repetitions: int, limit: float) -> Row:
-    """`Tracker.control` less the function it has compiled: what Python takes."""
+    """A control step less the function it has compiled: what Python takes."""
     visit, tracker = driven.visits[-1], driven.tracker
     arguments = (tracker, visit.loop, visit.x, visit.refs, jnp.asarray(False))
     arrays, rest = eqx.partition(arguments, eqx.is_array)
@@ -63,16 +63,16 @@ def overhead_row(driven: Drive, repetitions: int, limit: float) -> Row:
 
     def control(*leaves):
         tracker, *inputs = eqx.combine(jax.tree.unflatten(structure, leaves), rest)
-        return tracker.control(*inputs)
+        return tracker.controller()(*inputs)
 
     x, refs = np.asarray(visit.x), np.asarray(visit.refs)
     calls = {
         "compiled": timed(compile_ahead(control, *leaves).call, *leaves),
-        "whole": timed(tracker.control, visit.loop, x, refs, False),
+        "whole": timed(tracker.controller(), visit.loop, x, refs, False),
     }
     times = {name: timing.forward for name, timing in interleave(calls, 10 * repetitions, limit).items()}
     python = times["whole"] - times["compiled"]
-    row = {"piece": "Tracker.control: Python", "batch": driven.batch, "count": 1, "seconds": python, "each": python}
+    row = {"piece": "control step: Python", "batch": driven.batch, "count": 1, "seconds": python, "each": python}
     return row | {"share": python / times["whole"]}
 
 

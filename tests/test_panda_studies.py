@@ -196,18 +196,9 @@ class Pushed:
         return np.concatenate([self.us, np.zeros_like(self.us)], 1)
 
 
-class Constant:
+def constant(us):
     """A controller that applies the same torques at all times."""
-
-    def __init__(self, us):
-        self.us = us
-
-    def control(self, loop, x, refs, first):
-        return (
-            self.us[: len(x)] if len(x) == len(self.us) else np.tile(self.us, (len(x) // len(self.us), 1)),
-            loop,
-            None,
-        )
+    return lambda loop, x, refs, first: (np.tile(us, (len(x) // len(us), 1)), loop, None)
 
 
 class Carried(NamedTuple):
@@ -218,7 +209,7 @@ def test_branches_measure_slope_and_curvature_and_take_one_side_next_to_a_limit(
     limit = np.asarray(panda.U_MAX)
     us = np.stack([np.linspace(-3, 3, 7), np.r_[limit[:2], -limit[2:4], 0.5 * limit[4:]]])
     refs = np.random.default_rng(0).normal(size=(2, 60, 14))
-    slope, curvature = branches(Pushed(2), Constant(us), Carried(us), np.zeros((2, 14)), refs, True)
+    slope, curvature = branches(Pushed(2), constant(us), Carried(us), np.zeros((2, 14)), refs, True)
     weight = panda.DT * np.asarray(panda.WEIGHTS)[:7]
     away = np.zeros((2, 7))
     away[1, :4] = 0.5 * EPS * np.array([-1, -1, 1, 1])

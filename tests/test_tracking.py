@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import sartor
+from sartor import tracking
 from sartor.models.base import ArmDynamics, Theta, history, rest
 from sartor.models.mjcf import from_mujoco
 from sartor.models.mlp import ResidualMLP
@@ -102,6 +103,13 @@ def test_the_true_model_tracks():
         assert np.abs(log.xs - log.refs)[:, :2].max() < 0.01
         assert np.ptp(log.xs[:, 0]) > 0.2
         assert np.all(np.abs(log.us) < [40, 20])
+
+
+def test_trackers_that_differ_in_numbers_alone_share_what_is_compiled():
+    tracked()
+    count = tracking._control._cache_size()
+    tracked("random")
+    assert tracking._control._cache_size() == count
 
 
 def test_a_wrong_model_tracks_worse():

@@ -129,7 +129,7 @@ def results_markdown(runs: list[tuple[Report, Path]], images: Path | None = None
     Args:
         runs: The run folders and what to show of them.
         images: A folder beside the text for the figures, which are linked then, and for the files that both are made
-            from, a folder for each run.
+            from, a folder for each run with the name of the run's.
     """
     lines = ["# Results", "", "Written by `sartor report` from run folders; not edited by hand.", ""]
     told: list[str] = []
@@ -151,9 +151,9 @@ def title(report: Report, files: Files) -> str:
 def _text_of_run(report: Report, folder: Path, images: Path | None) -> list[str]:
     files, drawn = load(report, folder), {}
     command = _command(files)
-    lines = [f"## {title(report, files)}", "", f"```sh\n{command}\n```", "", _versions(files), ""]
+    name = _name(report, folder)
+    lines = [f"## {title(report, files)}, {name}", "", f"```sh\n{command}\n```", "", _versions(files), ""]
     lines += [report.footnote(files), ""] if report.footnote(files) else []
-    name = f"{report.experiment}-{files['config.json'].get('preset', 'run')}"
     if images is not None:
         drawn = _draw(report, folder, files)
         _keep(report, folder, images / name)
@@ -168,6 +168,12 @@ def _text_of_run(report: Report, folder: Path, images: Path | None) -> list[str]
             (images / f"{name}-{path.name}").write_bytes(path.read_bytes())
             lines += [f"![{part.title}]({images.name}/{name}-{path.name})", ""]
     return [*lines, "### Settings", "", *tables.as_markdown(_settings(files)), ""]
+
+
+def _name(report: Report, folder: Path) -> str:
+    """Of a run among the results: that of its folder, and of which experiment it is."""
+    name = folder.resolve().name
+    return name if name.startswith(report.experiment) else f"{report.experiment}-{name}"
 
 
 def _keep(report: Report, folder: Path, copy: Path) -> None:

@@ -11,6 +11,7 @@ References: Schulze et al., Context-Aware Deep Lagrangian Networks for Model Pre
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -67,19 +68,51 @@ class Tracker(eqx.Module):
         """Before the first control step, at rest."""
         return _begin(self, jnp.asarray(xs, _dtype(self)))
 
-    def control(
-        self, loop: Loop, xs: Float[Array, "B nx"], refs: Float[Array, "B N_plus_1 nx"], first: bool
-    ) -> tuple[Float[Array, "B nu"], Loop, "Step"]:
-        """The controls for measured states, what to carry to the next step, and how the solves went.
+    def controller(self) -> "Control":
+        """The function control(loop, xs, refs, first) -> (us, loop, step) of one control step.
 
-        Args:
+        What of a tracker is not an array is looked at here, once: at every call it would take a third as long as the
+        step of one robot. In `control`
+
             loop: From `begin`, or from the step before.
-            xs: Measured states.
-            refs: Reference over the horizon, beginning now.
+            xs: Measured states (B, nx).
+            refs: Reference over the horizon, beginning now, (B, N+1, nx).
             first: Whether this is the first control step, before which no interval has passed.
+
+        and it returns the controls (B, nu), what to carry to the next step, and how the solves went.
         """
-        dtype = _dtype(self)
-        return _control(self, loop, jnp.asarray(xs, dtype), jnp.asarray(refs, dtype), jnp.asarray(first))
+        arrays, rest = eqx.partition(self, eqx.is_array)
+        leaves, structure = jax.tree.flatten(arrays)
+        known, dtype = _Known(structure, rest), _dtype(self)
+
+        def control(loop, xs, refs, first):
+            return _control(known, leaves, loop, jnp.asarray(xs, dtype), jnp.asarray(refs, dtype), jnp.asarray(first))
+
+        return control
+
+
+Control = Callable[[Loop, Any, Any, Any], tuple[Array, Loop, "Step"]]
+"""control(loop, xs, refs, first), see `Tracker.controller`."""
+
+
+class _Known:
+    """What of a tracker is not an array. Its hash is computed once; equal ones share what has been compiled."""
+
+    def __init__(self, structure: Any, rest: Any):
+        leaves, rest_structure = jax.tree.flatten(rest)
+        self.structure, self.rest = structure, rest
+        self._key = structure, tuple(leaves), rest_structure
+        self._hash = hash(self._key)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: Any) -> bool:
+        return self is other or (isinstance(other, _Known) and self._key == other._key)
+
+    def tracker(self, leaves: list[Array]) -> Tracker:
+        """With its arrays again."""
+        return eqx.combine(jax.tree.unflatten(self.structure, leaves), self.rest)
 
 
 class Step(NamedTuple):
@@ -136,8 +169,9 @@ def track(
         raise ValueError(f"refs must have shape {wanted}, (plants, steps + horizon + 1, states), not {refs.shape}.")
     x = plants.reset(np.concatenate([refs[:, 0, : plants.nq], np.zeros((len(plants), plants.nq))], 1))
     loop, xs, us, qdds, steps = tracker.begin(jnp.asarray(x)), [x], [], [], []
+    control = tracker.controller()
     for t in range(num_steps):
-        u, loop, step = tracker.control(loop, jnp.asarray(x), jnp.asarray(refs[:, t : t + horizon + 1]), t == 0)
+        u, loop, step = control(loop, jnp.asarray(x), jnp.asarray(refs[:, t : t + horizon + 1]), t == 0)
         u = np.asarray(u, float) + dither * rng.standard_normal((len(plants), plants.nq))
         x = plants.step(u)
         loop = loop._replace(u=jnp.asarray(plants.us, loop.u.dtype))  # as clipped, and with the noise
@@ -183,8 +217,11 @@ def _begin(tracker: Tracker, xs: Array) -> Loop:
     return jax.vmap(one, in_axes=(0 if tracker.per_plant else None, 0))(tracker.model, xs)
 
 
-@eqx.filter_jit
-def _control(tracker: Tracker, loop: Loop, xs: Array, refs: Array, first: Array) -> tuple[Array, Loop, Step]:
+@partial(jax.jit, static_argnums=0)
+def _control(
+    known: _Known, leaves: list[Array], loop: Loop, xs: Array, refs: Array, first: Array
+) -> tuple[Array, Loop, Step]:
+    tracker = known.tracker(leaves)
     gain = 1.0 - math.exp(-2.0 * math.pi * tracker.cutoff * tracker.dt)
 
     def one(model, loop, x, refs):

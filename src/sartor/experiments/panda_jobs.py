@@ -156,12 +156,10 @@ def speed(output: Path, model: Path, config: Config, monitor: Any) -> None:
     belief, chosen = load_model(model), stages.runs("test", stages.TEST, 1, TIMED_STEPS)
     tracker, robots, times = stages.controller("model", chosen.payloads, belief), stages.plants(chosen.payloads), []
     x = robots.reset(np.concatenate([chosen.refs[:, 0, :7], np.zeros((1, 7))], 1))
-    loop = tracker.begin(jnp.asarray(x))
+    loop, control = tracker.begin(jnp.asarray(x)), tracker.controller()
     for t in range(TIMED_STEPS):
         begun = time.perf_counter()
-        u, loop, _ = tracker.control(
-            loop, jnp.asarray(x), jnp.asarray(chosen.refs[:, t : t + panda.HORIZON + 1]), t == 0
-        )
+        u, loop, _ = control(loop, x, chosen.refs[:, t : t + panda.HORIZON + 1], t == 0)
         u = np.asarray(u, float)
         times.append(time.perf_counter() - begun)
         x = robots.step(u)

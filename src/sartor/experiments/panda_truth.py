@@ -27,7 +27,7 @@ from sartor.sensitivity import trajectory_error
 from sartor.solution import RESULTS, guess
 from sartor.solvers.sqp import SQP
 from sartor.systems import panda
-from sartor.tracking import Loop, Tracker
+from sartor.tracking import Control, Loop, Tracker
 from sartor.train import mean_loss, rollout_loss
 
 STEPS = WINDOW  # control steps that a branch runs on
@@ -61,12 +61,12 @@ def check(output: Path, model: Path, config: Config, moment: int, monitor: Any) 
     robots, tracker = stages.plants(chosen.payloads), stages.controller("model", chosen.payloads, load_model(model))
     x = robots.reset(np.concatenate([chosen.refs[:, 0, :7], np.zeros((len(robots), 7))], 1))
     loop, seen, total = tracker.begin(jnp.asarray(x)), [], moment + 3 * STEPS
-    found = None
+    found, control = None, tracker.controller()
     for t in range(moment + STEPS):
         if t == moment:
-            found = branches(robots, tracker, loop, x, chosen.refs[:, t:], t == 0)
+            found = branches(robots, control, loop, x, chosen.refs[:, t:], t == 0)
         refs = chosen.refs[:, t : t + panda.HORIZON + 1]
-        u, loop, step = tracker.control(loop, jnp.asarray(x), jnp.asarray(refs), t == 0)
+        u, loop, step = control(loop, x, refs, t == 0)
         seen.append((x, np.asarray(step.context), refs))
         x = robots.step(np.asarray(u, float))
         loop = loop._replace(u=jnp.asarray(robots.us))
@@ -86,7 +86,7 @@ def check(output: Path, model: Path, config: Config, moment: int, monitor: Any) 
     save_arrays(output, **mine, **variants, **found._asdict())
 
 
-def branches(robots: Any, tracker: Tracker, loop: Loop, x: np.ndarray, refs: np.ndarray, first: bool) -> Branches:
+def branches(robots: Any, control: Control, loop: Loop, x: np.ndarray, refs: np.ndarray, first: bool) -> Branches:
     """Run on from here, with the torque of each joint as it is, and a little more and less."""
     count, n = len(robots), 7
     which = np.tile(np.arange(count), 2 * n + 1)
@@ -95,8 +95,7 @@ def branches(robots: Any, tracker: Tracker, loop: Loop, x: np.ndarray, refs: np.
     loop, x, refs = jax.tree.map(lambda leaf: leaf[which], loop), x[which], refs[which]
     cost, clipped = np.zeros(len(which)), np.zeros((len(which), n), bool)
     for t in range(STEPS):
-        ahead = jnp.asarray(refs[:, t : t + panda.HORIZON + 1])
-        u, loop, _ = tracker.control(loop, jnp.asarray(x), ahead, first and t == 0)
+        u, loop, _ = control(loop, x, refs[:, t : t + panda.HORIZON + 1], first and t == 0)
         u = np.asarray(u, float) + (moved if t == 0 else 0.0)
         clipped |= (np.abs(u) > np.asarray(panda.U_MAX)) & (moved != 0) if t == 0 else False
         x = copies.step(u)
