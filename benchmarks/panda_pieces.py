@@ -111,7 +111,7 @@ def rk4_step(model, x, u, lam, z):
 
 
 def with_jacobian(model, x, u, lam, z):
-    return PROBLEM.dynamics.expand_step(x, u, 0, Theta(model, z, None))[:2]
+    return PROBLEM.dynamics.expand_step(x, u, 0, Theta(model, z, None), None)[:2]
 
 
 def with_hessian(model, x, u, lam, z):

@@ -34,8 +34,8 @@ def test_the_expert_has_the_cost_and_the_dynamics_of_the_system(name, module, nx
 
 def test_the_windy_pendulum_is_the_plain_one_without_damping_and_wind():
     x, u = jnp.array([np.cos(0.4), np.sin(0.4), 0.7]), jnp.array([0.3])
-    for as_published, damped in ((False, 0.7), (True, 0.4)):
-        expert = windy(as_published)
+    for damping, damped in (("rate", 0.7), ("angle", 0.4)):
+        expert = windy(damping)
         plain = expert.true._replace(dx=expert.true.dx._replace(d=0.0, b=0.0))
         step = lambda theta, x=x, f=expert.problem.dynamics: f(x, u, 0, theta)
         np.testing.assert_allclose(step(plain), pendulum.dynamics(x, u, 0, pendulum.default_theta()), rtol=1e-12)
@@ -80,6 +80,7 @@ def test_a_run_of_the_linear_expert_resumes_to_the_same_numbers(tmp_path):
         (lambda: imitation.Config(methods=()), "methods is empty"),
         (lambda: imitation_lqr.Config(bound=0.0), "bound must be positive"),
         (lambda: unrealisable.Config(held_out=0), "held_out must be at least 1"),
+        (lambda: unrealisable.Config(dampings=()), "dampings is empty"),
         (lambda: solver_cost.Config(workers=2), "workers must be 0 or 1"),
     ],
 )

@@ -1,5 +1,6 @@
 """Labels of all samples of logs: in chunks what each sample gets alone, with the failures marked."""
 
+import dataclasses
 import functools
 
 import jax
@@ -57,7 +58,9 @@ def labelled():
 
 @pytest.mark.parametrize("size, expected", [(1, 16), (20, 32), (512, 512), (513, 272), (980, 496), (5000, 512)])
 def test_chunks_are_of_one_size_and_of_whole_groups(size, expected):
-    assert labelling._chunk(size) == expected
+    chunks = labelling._chunks(size)
+    assert {len(chunk) for chunk in chunks} == {expected} and len(chunks) == -(-size // 512)
+    np.testing.assert_array_equal(np.concatenate(chunks)[:size], np.arange(size))
 
 
 def test_references_are_those_over_the_horizon_of_each_sample():
@@ -102,6 +105,47 @@ def test_the_feedback_and_the_jacobians_of_a_label_are_derivatives():
     step = jax.jit(lambda x, u: PROBLEM.dynamics(x, u, 0, theta(None)))
     np.testing.assert_allclose(found["A"][4], differences(lambda x: step(x, u0), x0), atol=1e-6)
     np.testing.assert_allclose(found["B"][4], differences(lambda u: step(x0, u), u0), atol=1e-6)
+
+
+def test_labels_do_not_depend_on_how_far_the_solves_go():
+    samples, refs, found, _ = labelled()
+    further = dataclasses.replace(SOLVER, tol=1e-9)
+    again = label_samples(PROBLEM, MODEL, samples, refs, solver=further, **OPTIONS)
+    for name in FIELDS:
+        np.testing.assert_allclose(found[name], again[name], rtol=1e-6, atol=1e-6 * np.abs(again[name]).max())
+
+
+def test_options_that_a_label_refuses_are_refused_for_many():
+    samples, refs, *_ = labelled()
+    for options, message in (({"combine": "sigend"}, "combine must be"), ({"method": "x"}, "method must be")):
+        with pytest.raises(ValueError, match=message):
+            label_samples(PROBLEM, MODEL, samples, refs, **options)
+
+
+def of_sample(number):
+    samples, refs, *_ = labelled()
+    return Theta(MODEL, jnp.zeros(0), jnp.asarray(refs[number])), jnp.asarray(samples.x0[number])
+
+
+def test_dynamics_expand_themselves_without_their_first_stage_too():
+    theta, x0 = of_sample(4)
+    solver = sartor.SQP(curvature="gauss_newton")
+    sol = sartor.solve(PROBLEM, theta, x0, solver=solver)
+    found = [
+        sartor.action_sensitivity(PROBLEM, theta, x0, sol, eps=1e-3, method=method, solver=solver)
+        for method in ("resolve", "curvature")
+    ]
+    np.testing.assert_allclose(*found, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_dynamics_that_expand_themselves_differentiate_through_the_iterations():
+    theta, x0 = of_sample(4)
+    options = {"solver": sartor.SQP(max_steps=6), "throw": False}
+    plan = lambda derivative: jax.jacrev(
+        lambda x0: sartor.solve(PROBLEM, theta, x0, derivative=derivative, **options).us
+    )  # fmt: skip
+    np.testing.assert_allclose(jax.jit(plan("unroll"))(x0), jax.jit(plan("implicit"))(x0), rtol=1e-6, atol=1e-7)
 
 
 def test_a_sample_that_fails_is_marked_and_leaves_its_neighbours_alone():

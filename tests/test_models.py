@@ -363,7 +363,9 @@ def test_single_precision_stays_single():
         z = model.context(rest(q, H))
         step = ArmDynamics(0.02)(jnp.concatenate([q, qd]), a, 0, Theta(model, z, None))
         J = jax.jacfwd(model.residual, argnums=(0, 1, 2, 3))(q, qd, a, z)
-        return z, model.torque(q, qd, a, z), model.acceleration(q, qd, a, z), step, J
+        x = jnp.concatenate([q, qd])
+        expansion = ArmDynamics(0.02).expand_step(x, a, 0, Theta(model, z, None), x)
+        return z, model.torque(q, qd, a, z), model.acceleration(q, qd, a, z), step, J, expansion
 
     for model in ALL:
         single = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model)

@@ -175,19 +175,21 @@ def test_results_name_the_command_and_no_path_of_this_machine(whole):
 
 def test_the_files_beside_the_text_give_the_same_text(whole, tmp_path):
     text = report.results_markdown([(REPORT, whole)], tmp_path / "results")
-    again = report.results_markdown([(REPORT, tmp_path / "results" / whole.name)])
-    bars = f"{whole.name}-bars.png"
-    assert f"(results/{bars})" in text and (tmp_path / "results" / bars).exists()
+    again = report.results_markdown([(REPORT, tmp_path / "results" / "panda-smoke")])
+    assert "(results/panda-smoke-bars.png)" in text and (tmp_path / "results" / "panda-smoke-bars.png").exists()
     assert again == report.results_markdown([(REPORT, whole)])
 
 
 def test_two_runs_of_a_preset_keep_their_files_apart(whole, tmp_path):
-    other = tmp_path / "second"
-    shutil.copytree(whole, other)
+    other, third = tmp_path / "second", tmp_path / "more" / "second"
+    for copied in (other, third):
+        shutil.copytree(whole, copied)
     text = report.results_markdown([(REPORT, whole), (REPORT, other)], tmp_path / "results")
     kept = {path.name for path in (tmp_path / "results").iterdir() if path.is_dir()}
-    assert kept == {whole.name, "panda-second"}
-    assert f"preset smoke, {whole.name}\n" in text and "preset smoke, panda-second\n" in text
+    assert kept == {"panda-smoke", "panda-second"}
+    assert "preset smoke, panda-smoke\n" in text and "(results/panda-second-bars.png)" in text
+    with pytest.raises(ValueError, match="panda-second.*rename"):
+        report.results_markdown([(REPORT, whole), (REPORT, other), (REPORT, third)])
 
 
 def copy(whole, folder, names):

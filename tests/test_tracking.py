@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 import sartor
-from sartor import tracking
 from sartor.models.base import ArmDynamics, Theta, history, rest
 from sartor.models.mjcf import from_mujoco
 from sartor.models.mlp import ResidualMLP
@@ -106,10 +105,24 @@ def test_the_true_model_tracks():
 
 
 def test_trackers_that_differ_in_numbers_alone_share_what_is_compiled():
-    tracked()
-    count = tracking._control._cache_size()
-    tracked("random")
-    assert tracking._control._cache_size() == count
+    seen = []
+
+    def dynamics(x, u, k, theta):
+        seen.append(k)
+        return ArmDynamics(DT)(x, u, k, theta)
+
+    problem = sartor.Problem(
+        dynamics=dynamics, stage_cost=PROBLEM.stage_cost, terminal_cost=PROBLEM.terminal_cost, horizon=N,
+        u_min=[-40.0, -20.0], u_max=[40.0, 20.0],
+    )  # fmt: skip
+
+    def traced(tracker):
+        before, x = len(seen), jnp.asarray(references()[:, 0])
+        tracker.controller()(TRACKER.begin(x), x, references()[:, : N + 1], True)
+        return len(seen) > before
+
+    assert traced(Tracker(problem, TRUE, DT)) and not traced(Tracker(problem, RANDOM, DT))
+    assert traced(Tracker(problem, TRUE, DT, cutoff=2.0))
 
 
 def test_a_wrong_model_tracks_worse():

@@ -156,23 +156,10 @@ def expand(problem: Problem, theta: Theta, x0: Array, point: Point, exact: bool)
 
     q, r are gradients of the cost alone, so multipliers of the expansion are those of (D1) itself, not increments.
     The second derivatives of dynamics and constraints are computed if `exact`, and are kept apart from those of the
-    cost: see `with_bending`. Dynamics may expand themselves, by a method `expand_step(x, u, k, theta, lam) -> (x_next,
-    Jacobian in w = [x; u], Hessian of λᵀx_next in w, or None if lam is None)`.
+    cost: see `with_bending`. Dynamics may expand themselves, by a method `expand_step(x, u, k, theta, lam)` with what
+    `_expand_dynamics` returns.
     """
     nx, num_stages = point.xs.shape[1], problem.horizon
-    expand_dynamics = getattr(problem.dynamics, "expand_step", None)
-
-    def dynamics(x, u, k, lam):
-        if expand_dynamics is not None:
-            x_next, F, bend = expand_dynamics(x, u, k, theta, lam if exact else None)
-            return x_next, F, 0.0 if bend is None else bend
-
-        def first_order(w):
-            x_next, dual = _with_dual(lambda w: problem.dynamics(w[:nx], w[nx:], k, theta), w, lam, exact)
-            return (x_next, dual), x_next
-
-        (F, bend), x_next = jax.jacfwd(first_order, has_aux=True)(jnp.concatenate([x, u]))
-        return x_next, F, bend
 
     def stage(x, u, k, lam, mu):
         def first_order(w):
@@ -180,7 +167,7 @@ def expand(problem: Problem, theta: Theta, x0: Array, point: Point, exact: bool)
             h, dual = _with_dual(lambda w: problem.path_rows(w[:nx], w[nx:], k, theta), w, mu, exact)
             return (h, gradient, dual), (h, gradient, cost)
 
-        x_next, F, bend = dynamics(x, u, k, lam)
+        x_next, F, bend = _expand_dynamics(problem, theta, x, u, k, lam if exact else None)
         (G, H, bend_rows), (h, gradient, cost) = jax.jacfwd(first_order, has_aux=True)(jnp.concatenate([x, u]))
         return (F, G, H, bend + bend_rows), (x_next, h, gradient, cost)
 
@@ -204,6 +191,24 @@ def expand(problem: Problem, theta: Theta, x0: Array, point: Point, exact: bool)
         Jacobian(G[:, :, :nx], G[:, :, nx:], GN),
         jnp.sum(costs) + costN,
     )
+
+
+def _expand_dynamics(
+    problem: Problem, theta: Theta, x: Array, u: Array, k: Array, lam: Array | None
+) -> tuple[Array, Array, Array]:
+    """The next state, its Jacobian in w = [x; u], and the Hessian of λᵀx_next in w, zero without λ."""
+    w, nx = jnp.concatenate([x, u]), x.shape[0]
+    own = getattr(problem.dynamics, "expand_step", None)
+    if own is not None:
+        return own(x, u, k, theta, lam)
+
+    def first_order(w):
+        step = lambda w: problem.dynamics(w[:nx], w[nx:], k, theta)
+        x_next, dual = _with_dual(step, w, lam, lam is not None)
+        return (x_next, dual), x_next
+
+    (F, bend), x_next = jax.jacfwd(first_order, has_aux=True)(w)
+    return x_next, F, bend
 
 
 def with_bending(expansion: Expansion) -> LQ:

@@ -17,13 +17,12 @@ from sartor.samples import Windows
 from sartor.sensitivity import trajectory_error
 from sartor.solution import RESULTS, guess
 from sartor.solve import solve
-from sartor.solvers.base import AbstractSolver
+from sartor.solvers.base import AbstractSolver, group_size
 from sartor.solvers.sqp import SQP
 
 SOLVER = SQP(curvature="gauss_newton", tol=1e-5, max_steps=30, line_search=False)
-"""Solves begin near their solutions: full steps get there. Labels are within 1e-6 of those of a tighter one."""
-_CHUNK = 512  # samples that are solved together: their solves wait for the slowest of them
-_GROUP = 16  # samples that are differentiated together: more do not fit the caches of a core
+"""Solves begin near their solutions: full steps get there."""
+_CHUNK = 512  # samples that are solved together: groups of them are filled up from all, until the last few end
 
 
 def label_samples(
@@ -50,24 +49,59 @@ def label_samples(
         monitor: monitor(done, total).
         options: Of `label`, but `error`: both readings are given.
 
-    Returns: arrays over the samples: S, du0_de, du0_derror (that to an error of the trajectory), du0_dx0, dJ_du0,
-        Lambda, A and B (Jacobians of the model at the first stage), and ok, False where there is no label.
-    Fails: `ValueError` for samples at another rate than the problem's; a failed solve is not ok, and its label NaN.
+    Returns: as `label_states`.
+    Fails: `ValueError` for samples at another rate than the problem's, and for options that `label` refuses; a failed
+        solve is not ok, and its label NaN.
     """
-    if "error" in options:
-        raise ValueError("label_samples gives both readings of an error, du0_de and du0_derror: leave out error.")
     if isinstance(problem.dynamics, ArmDynamics) and problem.dynamics.dt != samples.dt[0]:
         raise ValueError(f"samples are {samples.dt[0]} s apart, but the problem's steps take {problem.dynamics.dt} s.")
-    parts, horizon, chunk = [], problem.horizon, _chunk(samples.size)
-    for start in range(0, samples.size, chunk):
-        which = np.arange(start, start + chunk) % samples.size  # the last chunk is filled up: one shape compiles once
-        some = samples.take(which)
-        arrays = (some.x0, some.us[:, :horizon], some.xs[:, :horizon], some.history.astype(float), refs[which])
-        found = _labels(problem, model, solver, tuple(map(jnp.asarray, arrays)), **options)
+    horizon, size = problem.horizon, samples.size
+    contexts = [np.asarray(_contexts(model, jnp.asarray(samples.history[which], float))) for which in _chunks(size)]
+    xs = np.concatenate([samples.x0[:, None], samples.xs[:, :horizon]], 1)
+    return label_states(
+        problem, model, samples.x0, np.concatenate(contexts)[:size], refs, (xs, samples.us[:, :horizon]),
+        solver=solver, monitor=monitor, **options,
+    )  # fmt: skip
+
+
+def label_states(
+    problem: Problem,
+    model: AbstractModel,
+    x0: Float[np.ndarray, "B nx"],
+    contexts: Float[np.ndarray, "B nz"],
+    refs: Float[np.ndarray, "B N_plus_1 nx"],
+    start: tuple[Float[np.ndarray, "B N_plus_1 nx"], Float[np.ndarray, "B N nu"]],
+    *,
+    solver: AbstractSolver = SOLVER,
+    monitor: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> dict[str, np.ndarray]:
+    """Labels of measured states with their contexts and references.
+
+    Args:
+        problem: The control problem, with `Theta` as its parameters.
+        model: The model that is labelled.
+        x0: Measured states.
+        contexts: z of each.
+        refs: Reference over the horizon of each.
+        start: States and controls where the solves begin.
+        solver: What solves the problems.
+        monitor: monitor(done, total).
+        options: Of `label`, but `error`: both readings are given.
+
+    Returns: arrays over the samples: S, du0_de, du0_derror (that to an error of the trajectory), du0_dx0, dJ_du0,
+        Lambda, A and B (Jacobians of the model at the first stage), and ok, False where there is no label.
+    Fails: `ValueError` for options that `label` refuses; a failed solve is not ok, and its label NaN.
+    """
+    if "error" in options:
+        raise ValueError("both readings of an error are given, du0_de and du0_derror: leave out error.")
+    size, parts = len(x0), []
+    for which in _chunks(size):
+        found = _labels(problem, model, solver, tuple(a[which] for a in (x0, contexts, refs, *start)), **options)
         parts.append(jax.tree.map(_narrow, found))
         if monitor is not None:
-            monitor(min(start + chunk, samples.size), samples.size)
-    return {name: np.concatenate([part[name] for part in parts])[: samples.size] for name in parts[0]}
+            monitor(min(len(parts) * len(which), size), size)
+    return {name: np.concatenate([part[name] for part in parts])[:size] for name in parts[0]}
 
 
 def references_ahead(logs: Sequence[Log], samples: Windows, horizon: int) -> Float[np.ndarray, "B N_plus_1 nx"]:
@@ -82,29 +116,39 @@ def references_ahead(logs: Sequence[Log], samples: Windows, horizon: int) -> Flo
     return np.stack([np.asarray(logs[r].refs)[t + ahead] for r, t in zip(samples.run, samples.step, strict=True)])
 
 
-def _chunk(size: int) -> int:
-    """Samples in each of several equal chunks, in whole groups."""
-    num_chunks = -(-size // _CHUNK)
-    return -(-size // (num_chunks * _GROUP)) * _GROUP
+def _chunks(size: int) -> list[np.ndarray]:
+    """Samples in equal chunks of whole groups; the last is filled up with the first samples, to compile but once."""
+    num_chunks, group = -(-size // _CHUNK), _group()
+    chunk = -(-size // (num_chunks * group)) * group
+    return [np.arange(first, first + chunk) % size for first in range(0, size, chunk)]
+
+
+def _group() -> int:
+    """Samples that are differentiated together."""
+    return min(group_size(), _CHUNK)
+
+
+@eqx.filter_jit
+def _contexts(model: AbstractModel, histories: Array) -> Array:
+    return jax.vmap(model.context)(histories)
 
 
 @eqx.filter_jit
 def _labels(problem: Problem, model: Any, solver: Any, arrays: tuple, **options: Any) -> dict[str, Array]:
-    def solved(x0, us, xs, past, refs):
-        theta = Theta(model, model.context(past), refs)
-        start = guess(jnp.concatenate([x0[None], xs]), us)
-        return theta.context, solve(problem, theta, x0, solver=solver, guess=start, throw=False)
+    def solved(x0, z, refs, xs, us):
+        return solve(problem, Theta(model, z, refs), x0, solver=solver, guess=guess(xs, us), throw=False)
 
-    def labelled(context, sol, refs):
-        found = label_solution(problem, Theta(model, context, refs), sol, solver=solver, **options)
+    def labelled(sample):
+        z, refs, sol = sample
+        found = label_solution(problem, Theta(model, z, refs), sol, solver=solver, **options)
         return {
             "S": found.S, "du0_de": found.du0_de, "du0_derror": trajectory_error(found.A, found.du0_de),
             "du0_dx0": found.du0_dx0, "dJ_du0": found.dJ_du0, "Lambda": found.Lambda, "A": found.A[0],
             "B": found.B[0], "ok": found.result == RESULTS.successful,
         }  # fmt: skip
 
-    contexts, sols = jax.vmap(solved)(*arrays)
-    return jax.lax.map(lambda sample: labelled(*sample), (contexts, sols, arrays[-1]), batch_size=_GROUP)
+    sols = jax.vmap(solved)(*arrays)
+    return jax.lax.map(labelled, (arrays[1], arrays[2], sols), batch_size=_group())
 
 
 def _narrow(leaf: Any) -> np.ndarray:

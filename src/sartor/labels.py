@@ -174,13 +174,34 @@ def label(
     Fails: `ValueError` for wrong input, as `solve`; a failed solve is a status, and its label NaN.
     References: Węgrzynowski et al., eqs. (4) to (6).
     """
+    sol = solve(problem, theta, x0, solver=solver, guess=guess, throw=False)
+    return label_solution(
+        problem, theta, sol, solver=solver, eps=eps, method=method, perturb=perturb, combine=combine, error=error,
+        curvature=curvature,
+    )  # fmt: skip
+
+
+def label_solution(
+    problem: Problem,
+    theta: Theta,
+    sol: Solution,
+    *,
+    solver: AbstractSolver | None = None,
+    eps: Any = 0.1,
+    method: Method = "curvature",
+    perturb: Together = "one_by_one",
+    combine: Literal["signed", "absolute", "regret"] = "signed",
+    error: Literal["defect", "trajectory"] = "defect",
+    curvature: Curvature = "exact",
+) -> Label:
+    """The label of a sample whose solution is at hand; arguments, result and errors as of `label`."""
     _check_options(problem, eps, method, perturb)
     if combine not in ("signed", "absolute", "regret"):
         raise ValueError(f"combine must be 'signed', 'absolute' or 'regret', not {combine!r}.")
     if error not in ("defect", "trajectory"):
         raise ValueError(f"error must be 'defect' or 'trajectory', not {error!r}.")
-    sol = solve(problem, theta, x0, solver=solver, guess=guess, throw=False)
-    return label_solution(problem, theta, sol, eps, method, perturb, combine, error, curvature, solver)
+    eps = jnp.asarray(eps, sol.us.dtype)  # an array: as a number it would be compiled in
+    return _label(problem, theta, sol, eps, method, perturb, combine, error, curvature, solver)
 
 
 def regret_factor(
@@ -205,13 +226,7 @@ def regret_factor(
 
 
 @eqx.filter_jit
-def label_solution(
-    problem: Problem, theta: Theta, sol: Solution, eps: Any = 0.1, method: Method = "curvature",
-    perturb: Together = "one_by_one", combine: str = "signed", error: str = "defect", curvature: Curvature = "exact",
-    solver: AbstractSolver | None = None,
-) -> Label:  # fmt: skip
-    """The label of a sample whose solution is at hand; arguments as of `label`, unchecked."""
-    eps = jnp.asarray(eps, sol.us.dtype)
+def _label(problem, theta, sol, eps, method, perturb, combine, error, curvature, solver) -> Label:
     lin = linearise(problem, theta, sol, curvature)
     adjoint = -first_control_adjoint(lin).lams
     du0_dx0, du0_de = adjoint[:, 0], adjoint[:, 1:]

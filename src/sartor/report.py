@@ -129,16 +129,18 @@ def results_markdown(runs: list[tuple[Report, Path]], images: Path | None = None
     Args:
         runs: The run folders and what to show of them.
         images: A folder beside the text for the figures, which are linked then, and for the files that both are made
-            from, a folder for each run with the name of the run's.
+            from: a folder for each run, named by experiment and preset, or like the run's own folder if that is taken.
+
+    Fails: `ValueError` if two runs would have one name.
     """
     lines = ["# Results", "", "Written by `sartor report` from run folders; not edited by hand.", ""]
     told: list[str] = []
-    for report, folder in runs:
+    for (report, folder), name in zip(runs, _names(runs), strict=True):
         if report.experiment not in told:
             told.append(report.experiment)
             lines += [f"## {report.title}: what the words mean", ""]
             lines += [*(f"* **{word}**: {meaning}" for word, meaning in report.glossary.rows), ""]
-        lines += _text_of_run(report, folder, images)
+        lines += _text_of_run(report, folder, name, images)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -148,10 +150,9 @@ def title(report: Report, files: Files) -> str:
     return f"{report.title}, preset {files['config.json'].get('preset', '?')}{unfinished}"
 
 
-def _text_of_run(report: Report, folder: Path, images: Path | None) -> list[str]:
+def _text_of_run(report: Report, folder: Path, name: str, images: Path | None) -> list[str]:
     files, drawn = load(report, folder), {}
     command = _command(files)
-    name = _name(report, folder)
     lines = [f"## {title(report, files)}, {name}", "", f"```sh\n{command}\n```", "", _versions(files), ""]
     lines += [report.footnote(files), ""] if report.footnote(files) else []
     if images is not None:
@@ -170,10 +171,18 @@ def _text_of_run(report: Report, folder: Path, images: Path | None) -> list[str]
     return [*lines, "### Settings", "", *tables.as_markdown(_settings(files)), ""]
 
 
-def _name(report: Report, folder: Path) -> str:
-    """Of a run among the results: that of its folder, and of which experiment it is."""
-    name = folder.resolve().name
-    return name if name.startswith(report.experiment) else f"{report.experiment}-{name}"
+def _names(runs: list[tuple[Report, Path]]) -> list[str]:
+    """Of runs among the results: experiment and preset; that of the folder where another run has those."""
+    names: list[str] = []
+    for report, folder in runs:
+        preset = load(report, folder)["config.json"].get("preset", "run")
+        own = folder.resolve().name
+        own = own if own.startswith(report.experiment) else f"{report.experiment}-{own}"
+        names.append(own if f"{report.experiment}-{preset}" in names else f"{report.experiment}-{preset}")
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise ValueError(f"several run folders would be kept as {sorted(twice)}: rename all but one of them.")
+    return names
 
 
 def _keep(report: Report, folder: Path, copy: Path) -> None:

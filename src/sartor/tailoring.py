@@ -194,9 +194,9 @@ def _labels(
     refs = references_ahead(logs, samples, task.horizon)
     _claim(task)  # not before: what was refused for a typing error must not hold the folder
     parts = []
-    for start in range(0, samples.size, _PART):
-        which = np.arange(start, min(start + _PART, samples.size))
-        file = task.out / "labels" / f"{start:07d}.npz"
+    for which in np.array_split(np.arange(samples.size), -(-samples.size // _PART)):  # of one size: compiled once
+        start = which[0]
+        file = task.out / "labels" / f"{start:07d}-{which[-1]:07d}.npz"
         if not file.exists():
             some = samples.take(which)
             tell = lambda done, total, start=start: monitor("label", start + done, samples.size)

@@ -11,8 +11,8 @@ References: Schulze et al., Context-Aware Deep Lagrangian Networks for Model Pre
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from functools import cache, partial
+from typing import Any, NamedTuple, Protocol
 
 import equinox as eqx
 import jax
@@ -69,21 +69,10 @@ class Tracker(eqx.Module):
         return _begin(self, jnp.asarray(xs, _dtype(self)))
 
     def controller(self) -> "Control":
-        """The function control(loop, xs, refs, first) -> (us, loop, step) of one control step.
-
-        What of a tracker is not an array is looked at here, once: at every call it would take a third as long as the
-        step of one robot. In `control`
-
-            loop: From `begin`, or from the step before.
-            xs: Measured states (B, nx).
-            refs: Reference over the horizon, beginning now, (B, N+1, nx).
-            first: Whether this is the first control step, before which no interval has passed.
-
-        and it returns the controls (B, nu), what to carry to the next step, and how the solves went.
-        """
+        """What does a control step. What of the tracker is not an array is looked at here, once, not at every step."""
         arrays, rest = eqx.partition(self, eqx.is_array)
         leaves, structure = jax.tree.flatten(arrays)
-        known, dtype = _Known(structure, rest), _dtype(self)
+        known, dtype = _same(_Known(structure, rest)), _dtype(self)
 
         def control(loop, xs, refs, first):
             return _control(known, leaves, loop, jnp.asarray(xs, dtype), jnp.asarray(refs, dtype), jnp.asarray(first))
@@ -91,8 +80,21 @@ class Tracker(eqx.Module):
         return control
 
 
-Control = Callable[[Loop, Any, Any, Any], tuple[Array, Loop, "Step"]]
-"""control(loop, xs, refs, first), see `Tracker.controller`."""
+class Control(Protocol):
+    """One control step of all robots."""
+
+    def __call__(
+        self, loop: Loop, xs: Float[Any, "B nx"], refs: Float[Any, "B N_plus_1 nx"], first: Any
+    ) -> tuple[Float[Array, "B nu"], Loop, "Step"]:
+        """The controls for measured states, what to carry to the next step, and how the solves went.
+
+        Args:
+            loop: From `Tracker.begin`, or from the step before.
+            xs: Measured states.
+            refs: Reference over the horizon, beginning now.
+            first: Whether this is the first control step, before which no interval has passed.
+        """
+        ...
 
 
 class _Known:
@@ -113,6 +115,12 @@ class _Known:
     def tracker(self, leaves: list[Array]) -> Tracker:
         """With its arrays again."""
         return eqx.combine(jax.tree.unflatten(self.structure, leaves), self.rest)
+
+
+@cache
+def _same(known: _Known) -> _Known:
+    """One object for all that are equal: `jax.jit` compares what is not the same object at every call."""
+    return known
 
 
 class Step(NamedTuple):
@@ -171,7 +179,7 @@ def track(
     loop, xs, us, qdds, steps = tracker.begin(jnp.asarray(x)), [x], [], [], []
     control = tracker.controller()
     for t in range(num_steps):
-        u, loop, step = control(loop, jnp.asarray(x), jnp.asarray(refs[:, t : t + horizon + 1]), t == 0)
+        u, loop, step = control(loop, x, refs[:, t : t + horizon + 1], t == 0)
         u = np.asarray(u, float) + dither * rng.standard_normal((len(plants), plants.nq))
         x = plants.step(u)
         loop = loop._replace(u=jnp.asarray(plants.us, loop.u.dtype))  # as clipped, and with the noise

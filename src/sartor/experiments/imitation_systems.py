@@ -10,7 +10,7 @@ Source: Amos et al., Differentiable MPC for End-to-end Planning and Control, 201
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,8 @@ from sartor.solve import solve
 from sartor.systems import cartpole, pendulum
 
 HORIZON = 19
+Damping = Literal["rate", "angle"]
+"""What friction acts on: the rate, as the paper's text says, or the angle, as in its code."""
 
 
 class Theta(NamedTuple):
@@ -83,7 +85,7 @@ def _windy_step(x: Array, u: Array, k: Any, theta: Theta) -> Array:
     return _damped_step(x, u, theta.dx, x[2])
 
 
-def _windy_step_as_published(x: Array, u: Array, k: Any, theta: Theta) -> Array:
+def _windy_step_on_angle(x: Array, u: Array, k: Any, theta: Theta) -> Array:
     """As the authors' code has it: the damping acts on the angle."""
     return _damped_step(x, u, theta.dx, jnp.arctan2(x[1], x[0]))
 
@@ -135,10 +137,10 @@ def system(name: str) -> System:
     return System(_problem(_cartpole_step, 100.0), true, start, _cartpole_states)
 
 
-def windy(as_published: bool) -> System:
-    """The expert of section 5.4, whose damping and wind no learner has."""
+def windy(damping: Damping) -> System:
+    """The expert of section 5.4, whose damping (of the rate, or of the angle) and wind no learner has."""
     dx = Windy(10.0, 1.0, 1.0, 1.0, 0.1)
-    step = _windy_step_as_published if as_published else _windy_step
+    step = {"rate": _windy_step, "angle": _windy_step_on_angle}[damping]
     true = _true(dx, pendulum.WEIGHTS, (1.0, 0.0, 0.0))
     return System(_problem(step, 2.0), true, _start(dx, 3), _pendulum_states)
 

@@ -32,6 +32,7 @@ from sartor.models.store import load_model, save_model
 from sartor.plant import Plants, end_effector
 from sartor.riccati import factor
 from sartor.samples import TorqueSamples, Windows, windows
+from sartor.solvers.sqp import SQP
 from sartor.systems import panda
 from sartor.tracking import Tracker, Tracking, follow, track
 from sartor.train import Config as Training
@@ -219,7 +220,7 @@ def labelled(output: Path, logs: list[Log], model: Path, stride: int, tau: float
     """Labels of all samples of some runs."""
     belief, problem = load_model(model), panda.problem(ArmDynamics(panda.DT))
     samples = windows(logs, belief, problem.horizon, stride=stride)
-    refs, solver = references_ahead(logs, samples, problem.horizon), replace(SOLVER, tau=tau)
+    refs, solver = references_ahead(logs, samples, problem.horizon), _solver(tau)
     times: list[tuple[int, float]] = []
 
     def timed(done: int, total: int) -> None:
@@ -230,6 +231,11 @@ def labelled(output: Path, logs: list[Log], model: Path, stride: int, tau: float
     (first, begun), (last, ended) = times[0], times[-1]  # the first chunk compiles
     rate = (last - first) / (ended - begun) if last > first else np.nan
     save_arrays(output, run=samples.run, step=samples.step, rate=np.asarray(rate), **found)
+
+
+def _solver(tau: float) -> SQP:
+    """Of the labels; with a barrier, products of multiplier and slack are to be told from τ."""
+    return replace(SOLVER, tau=tau, tol=min(SOLVER.tol, 1e-3 * tau)) if tau else SOLVER
 
 
 def tailored(

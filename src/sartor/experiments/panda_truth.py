@@ -19,12 +19,9 @@ from sartor.experiments.panda_config import FIRST_MOMENT, WINDOW, Config
 from sartor.experiments.panda_jobs import training_samples
 from sartor.experiments.panda_weights import closed_loop_labels, weights
 from sartor.files import load_arrays, save_arrays, write_json
-from sartor.labels import label
-from sartor.models.base import Theta
+from sartor.labelling import label_states
 from sartor.models.store import load_model
 from sartor.samples import Windows
-from sartor.sensitivity import trajectory_error
-from sartor.solution import RESULTS, guess
 from sartor.solvers.sqp import SQP
 from sartor.systems import panda
 from sartor.tracking import Control, Loop, Tracker
@@ -111,28 +108,12 @@ def branches(robots: Any, control: Control, loop: Loop, x: np.ndarray, refs: np.
 
 
 def _label_all(tracker: Tracker, points: list[np.ndarray], curvature: str, tau: float = 0.0) -> dict[str, np.ndarray]:
-    """Labels at some states, contexts and references, a chunk at a time."""
-    size, chunk, parts = len(points[0]), 16, []
-    for start in range(0, size, chunk):
-        which = np.arange(start, start + chunk) % size
-        some = _labels(tracker, [jnp.asarray(point[which]) for point in points], curvature, tau)
-        parts.append(jax.tree.map(np.asarray, some))
-    return {name: np.concatenate([part[name] for part in parts])[:size] for name in parts[0]}
-
-
-@eqx.filter_jit
-def _labels(tracker: Tracker, points: list, curvature: Any, tau: float) -> dict[str, jax.Array]:
-    def one(x, z, r):
-        start = guess(r.at[0].set(x), jnp.zeros((panda.HORIZON, 7)))
-        solver = SQP(curvature="gauss_newton", tol=1e-7, tau=tau)
-        found = label(tracker.problem, Theta(tracker.model, z, r), x, solver=solver, guess=start, curvature=curvature)
-        return {
-            "S": found.S, "du0_de": found.du0_de, "du0_derror": trajectory_error(found.A, found.du0_de),
-            "du0_dx0": found.du0_dx0, "dJ_du0": found.dJ_du0,
-            "Lambda": found.Lambda, "A": found.A[0], "B": found.B[0], "ok": found.result == RESULTS.successful,
-        }  # fmt: skip
-
-    return jax.vmap(one)(*points)
+    """Labels at some states, contexts and references; the solves begin at the reference."""
+    x, z, refs = points
+    xs = np.concatenate([x[:, None], refs[:, 1:]], 1)
+    start = xs, np.zeros((len(x), panda.HORIZON, 7))
+    solver = SQP(curvature="gauss_newton", tol=1e-7, tau=tau)
+    return label_states(tracker.problem, tracker.model, x, z, refs, start, solver=solver, curvature=curvature)
 
 
 def correlations(files: list[list[Path]], num_steps: int) -> list[dict[str, Any]]:

@@ -1,7 +1,8 @@
 """An expert that no learner can be: identification against imitation for a pendulum with friction in the wind.
 
 The learner's model has neither. `sysid` fits the expert's transitions, `mpc.dx` its controls: which of them imitates
-better, and which predicts better?
+better, and which predicts better? The expert's damping acts on the rate, as the text says, or on the angle, as in the
+authors' code.
 
 Source: Amos et al., Differentiable MPC for End-to-end Planning and Control, 2018, section 5.4 (Figure 5).
 """
@@ -15,7 +16,7 @@ import numpy as np
 import tyro
 
 from sartor.descent import Learning
-from sartor.experiments.imitation_systems import Theta, demonstrate, system, windy
+from sartor.experiments.imitation_systems import Damping, Theta, demonstrate, system, windy
 from sartor.experiments.jobs import Job, Monitor
 from sartor.experiments.presets import check_least, filled
 from sartor.experiments.run_folder import opened
@@ -49,14 +50,16 @@ class Config:
     """Demonstrations for training."""
     held_out: int = 10
     """Demonstrations for validation."""
-    as_published: bool = False
-    """The expert of the authors' code, whose damping acts on the angle instead of its rate."""
+    dampings: tuple[Damping, ...] = ("rate", "angle")
+    """What the expert's damping acts on: the rate, or the angle as in the authors' code."""
     workers: int = 2
     """Processes, one for each core; 0: do all in this one."""
 
     def __post_init__(self):
         check_least(self, 0, "seeds", "epochs", "samples", "workers")
         check_least(self, 1, "held_out")
+        if not self.dampings:
+            raise ValueError("dampings is empty: name one.")
 
     def resolved(self) -> "Config":
         """The same with the numbers of the preset filled in."""
@@ -70,16 +73,16 @@ def run(config: Config, out: Path, monitor: Monitor | None = None, command: str 
     """
     config = config.resolved()
     methods: tuple[Method, ...] = ("sysid", "mpc.dx")
-    names = {(method, seed): out / "trials" / f"{method}-{seed}.json" for seed in range(config.seeds)
-             for method in methods}  # fmt: skip
+    names = {(damping, method, seed): out / "trials" / f"{damping}-{method}-{seed}.json"
+             for damping in config.dampings for seed in range(config.seeds) for method in methods}  # fmt: skip
     with opened(out, config, monitor, command) as workers:
         workers.run("learn", [Job(path, learn, (*trial, config)) for trial, path in names.items()])
         write_json(out / "trials.json", {"rows": [read_json(path) for path in names.values()]})
 
 
-def learn(output: Path, method: Method, seed: int, config: Config, monitor: Any) -> None:
+def learn(output: Path, damping: Damping, method: Method, seed: int, config: Config, monitor: Any) -> None:
     """One trial: imitation and transition loss on held-out demonstrations, as learning goes on."""
-    expert, learner = windy(config.as_published), system("pendulum")
+    expert, learner = windy(damping), system("pendulum")
     training, held_out = demonstrate(expert, config.samples, 0), demonstrate(expert, config.held_out, 1)
     begin = expert.true._replace(dx=pendulum.Theta(*map(positive, _start(seed))))
     points: list[tuple[int, float, float]] = []
@@ -96,7 +99,8 @@ def learn(output: Path, method: Method, seed: int, config: Config, monitor: Any)
     epochs, imitation, transition = zip(*points, strict=True)
     found = {name: float(value) for name, value in values(learned.theta).dx._asdict().items()}
     content = {
-        "method": method, "seed": seed, "imitation": imitation[-1], "transition": transition[-1], "found": found,
+        "damping": damping, "method": method, "seed": seed, "found": found,
+        "imitation": imitation[-1], "transition": transition[-1],
         "failed": int(learned.curve.failed.sum()), "time": time.perf_counter() - begun, "epoch": epochs,
         "imitation_curve": imitation, "transition_curve": transition,
     }  # fmt: skip

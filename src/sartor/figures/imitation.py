@@ -86,17 +86,20 @@ def unrealisable(content: dict[str, Any]) -> Figure | None:
     rows: Rows = content.get("rows", [])
     if not rows:
         return None
-    fig = Figure(figsize=(9.0, 3.8))
-    for ax, kind in zip(fig.subplots(1, 2), ("imitation", "transition"), strict=True):
-        for method in _distinct(rows, "method"):
-            mine = [r for r in rows if r["method"] == method]
-            for row in mine:
-                ax.plot(row["epoch"], row[f"{kind}_curve"], lw=0.7, alpha=0.5, color=color(method))
-            middle = np.median([r[f"{kind}_curve"] for r in mine], axis=0)
-            ax.plot(mine[0]["epoch"], middle, lw=2.0, color=color(method), label=method)
-        ax.set_yscale("log")
-        ax.set_xlabel("epoch")
-        ax.set_ylabel(f"{kind} loss, held out")
+    dampings = _distinct(rows, "damping")
+    fig = Figure(figsize=(9.0, 0.6 + 3.2 * len(dampings)))
+    for axes, damping in zip(fig.subplots(len(dampings), 2, squeeze=False), dampings, strict=True):
+        for ax, kind in zip(axes, ("imitation", "transition"), strict=True):
+            for method in _distinct(rows, "method"):
+                mine = [r for r in rows if (r["damping"], r["method"]) == (damping, method)]
+                for row in mine:
+                    ax.plot(row["epoch"], row[f"{kind}_curve"], lw=0.7, alpha=0.5, color=color(method))
+                middle = np.median([r[f"{kind}_curve"] for r in mine], axis=0)
+                ax.plot(mine[0]["epoch"], middle, lw=2.0, color=color(method), label=method)
+            ax.set_yscale("log")
+            ax.set_xlabel("epoch")
+            ax.set_ylabel(f"{kind} loss, held out")
+            ax.set_title(f"damping of the {damping}")
     fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return fig
 

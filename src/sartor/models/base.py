@@ -55,7 +55,7 @@ class AbstractModel(eqx.Module):
     def residual_jacobian(
         self, q: Array, qd: Array, qdd: Array, z: Array
     ) -> tuple[Float[Array, "n n"], Float[Array, "n n"]]:
-        """Jacobians of the residual in q and q̇; a model may write them out."""
+        """Jacobians of the residual in q [Nm/rad] and q̇ [Nm s/rad]; a model may write them out."""
         return jax.jacfwd(self.residual, (0, 1))(q, qd, qdd, z)
 
     def residual_hessian(self, q: Array, qd: Array, qdd: Array, z: Array, sigma: Array) -> TorqueHessian:
@@ -120,12 +120,17 @@ class ArmDynamics(eqx.Module):
         return rk4(_ode_reverse if self.reverse else _ode, self.dt)(x, u, k, theta)
 
     def expand_step(
-        self, x: Array, u: Array, k: Any, theta: Theta, lam: Array | None = None
-    ) -> tuple[Float[Array, " nx"], Float[Array, "nx nw"], Float[Array, "nw nw"] | None]:
-        """The next state, its Jacobian in w = [x; u] and, for a λ, ∂²(λᵀ x_next)/∂w² (D16)."""
+        self, x: Array, u: Array, k: Any, theta: Theta, lam: Array | None
+    ) -> tuple[Float[Array, " nx"], Float[Array, "nx nw"], Float[Array, "nw nw"]]:
+        """The next state, its Jacobian in w = [x; u], and ∂²(λᵀ x_next)/∂w² (D16), zero without λ.
+
+        Accelerations are those of the model's torques (D12).
+        """
         del k
         x_next, J, stages = _expand(x, u, theta, self.dt)
-        return x_next, J, None if lam is None else _contracted_hessian(stages, theta, lam, self.dt)
+        if lam is None:
+            return x_next, J, jnp.zeros((J.shape[1], J.shape[1]), J.dtype)
+        return x_next, J, _contracted_hessian(stages, theta, lam, self.dt)
 
 
 def history(
@@ -207,16 +212,18 @@ def _acceleration_bwd(kept: tuple, cotangent: Array, perturbed: Any, known: tupl
 
 
 class _Stage(NamedTuple):
-    """A stage s = ode(y, u) of RK4 with w = [x; u]; with a leading axis, all four."""
+    """One of the four RK4 stages s = ode(y, u) of a step, with w = [x; u]; with a leading axis, all of them."""
 
     y: Float[Array, " 2*n"]
+    """State [q, q̇] at which it is evaluated."""
     s: Float[Array, " 2*n"]
+    """[q̇, q̈] there."""
     dy: Float[Array, "2*n 3*n"]
     """∂y/∂w."""
     ds: Float[Array, "2*n 3*n"]
     """∂s/∂w."""
     M: Float[Array, "n n"]
-    """Mass matrix."""
+    """Mass matrix of robot and residual at y [kg m²]."""
     slope: Float[Array, "n 2*n"]
     """∂torque/∂(q, q̇)."""
 

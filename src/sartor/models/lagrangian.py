@@ -9,8 +9,7 @@ References: Schulze, Peters and Arenz, Context-Aware Deep Lagrangian Networks fo
 sizes and initial values are those of its authors' code); Lutter, Ritter and Peters, Deep Lagrangian Networks, 2019.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -20,9 +19,8 @@ from jaxtyping import Array, Float
 
 from sartor.models.base import AbstractModel
 from sartor.models.links import RigidBody
+from sartor.models.network import Expansion, Network, entries_of, expand_network
 from sartor.models.torque_derivatives import TorqueHessian
-
-_DIAGONAL_SHIFT = 0.1
 
 
 class Encoder(eqx.Module):
@@ -52,23 +50,6 @@ class Encoder(eqx.Module):
 
         states, _ = jax.lax.scan(advance, tuple((zero, zero) for _ in self.cells), history)
         return self.readout(states[-1][0])
-
-
-class Network(eqx.Module):
-    """A perceptron with tanh layers and a linear last one."""
-
-    layers: tuple[eqx.nn.Linear, ...]
-    """First to last."""
-
-    def __init__(self, sizes: tuple[int, ...], key: Array):
-        keys = jax.random.split(key, len(sizes) - 1)
-        self.layers = tuple(_xavier(m, n, k) for m, n, k in zip(sizes[:-1], sizes[1:], keys, strict=True))
-
-    def __call__(self, a: Float[Array, " n_in"]) -> Float[Array, " n_out"]:
-        """The output for the input a."""
-        for layer in self.layers[:-1]:
-            a = jnp.tanh(layer(a))
-        return self.layers[-1](a)
 
 
 def check_sizes(widths: tuple[int, ...], num_contexts: int, hidden: int, num_layers: int, history_length: int) -> None:
@@ -154,7 +135,7 @@ class CaDeLaC(AbstractModel):
 
     def _factor(self, q: Array, z: Array) -> Array:
         """L."""
-        return _lower(_entries(self.inertia(_features(q, z)), q.shape[0]))
+        return _lower(entries_of(self.inertia(_features(q, z)), q.shape[0]))
 
 
 @eqx.filter_custom_jvp
@@ -166,14 +147,14 @@ def _residual(q: Array, qd: Array, qdd: Array, networks: tuple) -> Array:
 def _plain_residual(q: Array, qd: Array, qdd: Array, networks: tuple) -> Array:
     inertia, potential, z = networks
     n = q.shape[0]
-    l, l_dot = jax.jvp(lambda q: _entries(inertia(_features(q, z)), n), (q,), (qd,))
+    l, l_dot = jax.jvp(lambda q: entries_of(inertia(_features(q, z)), n), (q,), (qd,))
     v = _transposed_times(l, qd)  # ½ q̇ᵀ H q̇ = ½ |v|²
     momentum_rate = _times(l, _transposed_times(l, qdd) + _transposed_times(l_dot, qd)) + _times(l_dot, v)
     slope = _row(qd) * _column(v)  # of ½ |v|² in the entries of L
 
     def lagrangian(q):
         a = _features(q, z)
-        return _entries(inertia(a), n) @ slope - potential(a)[0]
+        return entries_of(inertia(a), n) @ slope - potential(a)[0]
 
     return momentum_rate - jax.grad(lagrangian)(q)
 
@@ -196,19 +177,18 @@ def _partials(q: Array, qd: Array, qdd: Array, networks: tuple) -> tuple[Array, 
     ∂(H q̇)/∂q_k = L_k v + L (L_kᵀ q̇),   L_k = ∂L/∂q_k.
     """
     inertia, potential, z = networks
-    net, energy = _expand(inertia.layers, q, qd, z, split=q.shape[0]), _expand(potential.layers, q, qd, z)
+    net, energy = expand_network(inertia.layers, q, qd, z, split=q.shape[0]), expand_network(potential.layers, q, qd, z)
     l, J, E = net.value, net.jacobian, net.rate
     l_dot = qd @ J
     v, J_qd = _transposed_times(l, qd), _transposed_times(J, qd)
     force = _transposed_times(l, qdd) + _transposed_times(l_dot, qd)
     pull = _transposed_times(J, qdd) + _transposed_times(E, qd)
+    moved = _moved(net, qd)
     # Sums of L x over several pairs (L, x): only the entries of each.
-    moved = _row_sums(J * _column(v) + l * _column(J_qd))
     forced = _row_sums(J * _column(force) + l * _column(pull) + E * _column(v) + l_dot * _column(J_qd))
-    bend = net.hessian(_row(qd) * _column(v)) - energy.hessian(jnp.ones(1, q.dtype))
     L, L_dot = _lower(l), _lower(l_dot)
     H_dot = L_dot @ L.T
-    return forced - J_qd @ J_qd.T - bend, H_dot + H_dot.T + moved - moved.T, L @ L.T
+    return forced - _energy_hessian(net, energy, qd), H_dot + H_dot.T + moved - moved.T, L @ L.T
 
 
 def _second_partials(q: Array, qd: Array, qdd: Array, sigma: Array, networks: tuple) -> TorqueHessian:
@@ -219,7 +199,7 @@ def _second_partials(q: Array, qd: Array, qdd: Array, sigma: Array, networks: tu
     so that forms T and their first two derivatives in q, differentiated along q̇ and along σ, are all there is.
     """
     inertia, potential, z = networks
-    expand = lambda q: _expand(inertia.layers, q, qd, z, split=q.shape[0])
+    expand = lambda q: expand_network(inertia.layers, q, qd, z, split=q.shape[0])
 
     def along_qd(q):
         net = expand(q)
@@ -227,8 +207,8 @@ def _second_partials(q: Array, qd: Array, qdd: Array, sigma: Array, networks: tu
         return (_form_hessian(net, sigma, qd), _moved(net, sigma)), rest
 
     def along_sigma(q):
-        net, energy = expand(q), _expand(potential.layers, q, qd, z)
-        return 0.5 * _form_hessian(net, qd, qd) - energy.hessian(jnp.ones(1, q.dtype)), _moved(net, qd)
+        net, energy = expand(q), expand_network(potential.layers, q, qd, z)
+        return _energy_hessian(net, energy, qd), _moved(net, qd)
 
     (form, moved), (form_rate, moved_rate), rest = jax.jvp(along_qd, (q,), (qd,), has_aux=True)
     _, (energy_slope, moved_slope) = jax.jvp(along_sigma, (q,), (sigma,))
@@ -242,7 +222,12 @@ def _second_partials(q: Array, qd: Array, qdd: Array, sigma: Array, networks: tu
     )
 
 
-def _form_hessian(net: "_Expansion", a: Array, b: Array) -> Float[Array, "n n"]:
+def _energy_hessian(net: Expansion, energy: Expansion, qd: Array) -> Float[Array, "n n"]:
+    """Second derivatives of ½ q̇ᵀH q̇ - P in q."""
+    return 0.5 * _form_hessian(net, qd, qd) - energy.hessian(jnp.ones(1, qd.dtype))
+
+
+def _form_hessian(net: Expansion, a: Array, b: Array) -> Float[Array, "n n"]:
     """Second derivatives of aᵀH b in q."""
     l, J = net.value, net.jacobian
     slope = _row(a) * _column(_transposed_times(l, b)) + _row(b) * _column(_transposed_times(l, a))
@@ -250,67 +235,10 @@ def _form_hessian(net: "_Expansion", a: Array, b: Array) -> Float[Array, "n n"]:
     return net.hessian(slope) + mixed + mixed.T
 
 
-def _moved(net: "_Expansion", a: Array) -> Float[Array, "n n"]:
+def _moved(net: Expansion, a: Array) -> Float[Array, "n n"]:
     """Row k: ∂H/∂q_k a."""
     l, J = net.value, net.jacobian
     return _row_sums(J * _column(_transposed_times(l, a)) + l * _column(_transposed_times(J, a)))
-
-
-class _Expansion(NamedTuple):
-    """A network of (cos q, sin q, z) to second order in q."""
-
-    value: Float[Array, " m"]
-    jacobian: Float[Array, "n m"]
-    """Transposed: row k is the derivative in q_k."""
-    rate: Float[Array, "n m"]
-    """Derivative of the Jacobian along q̇."""
-    hessian: Callable
-    """hessian(c): that of c · value in q, (n, n)."""
-
-
-def _expand(layers: tuple, q: Array, qd: Array, z: Array, split: int = 0) -> _Expansion:
-    """Value and derivatives, layer by layer; the first `split` outputs pass the softplus of `_entries`.
-
-    A layer t = W h + b, h' = s(t) has  J' = s' ∘ (W J)  and, along q̇,  Ė' = s'' ∘ (W J q̇) ∘ (W J) + s' ∘ (W Ė).
-    Rows belong to joints, so that products with W are one product for a whole batch.
-    """
-    n, cos, sin = q.shape[0], jnp.cos(q), jnp.sin(q)
-    h, seen = jnp.concatenate([cos, sin, z]), []
-    in_cos, in_sin = layers[0].weight[:, :n].T, layers[0].weight[:, n : 2 * n].T
-    J = cos[:, None] * in_sin - sin[:, None] * in_cos
-    E = -qd[:, None] * (cos[:, None] * in_cos + sin[:, None] * in_sin)
-    for i, layer in enumerate(layers):
-        h = layer(h)
-        if i > 0:
-            J, E = J @ layer.weight.T, E @ layer.weight.T
-        if i < len(layers) - 1:
-            h = jnp.tanh(h)
-            first = 1.0 - h * h
-            second = -2.0 * h * first
-        elif split:
-            gate = jax.nn.sigmoid(h[:split])
-            rest = jnp.ones_like(h[split:])
-            h = _entries(h, split)
-            first = jnp.concatenate([gate, rest])
-            second = jnp.concatenate([gate * (1.0 - gate), 0.0 * rest])
-        else:
-            first, second = jnp.ones_like(h), jnp.zeros_like(h)
-        seen.append((layer.weight, J, first, second))
-        J, E = first * J, second * (qd @ J) * J + first * E
-
-    def hessian(c: Array) -> Array:
-        H = jnp.zeros((n, n), q.dtype)
-        for weight, before, first, second in reversed(seen):
-            H = H + (c * second * before) @ before.T
-            c = (c * first) @ weight
-        return H - jnp.asarray(np.eye(n), q.dtype) * (c[:n] * cos + c[n : 2 * n] * sin)
-
-    return _Expansion(h, J, E, hessian)
-
-
-def _entries(y: Array, n: int) -> Array:
-    """Entries of L from the output of the network: those of the diagonal are positive."""
-    return jnp.concatenate([jax.nn.softplus(y[:n]) + _DIAGONAL_SHIFT, y[n:]])
 
 
 def _lower(entries: Array) -> Array:
@@ -355,14 +283,6 @@ def _places(m: int) -> tuple[np.ndarray, np.ndarray]:
     one_hot = lambda part: np.eye(n)[np.concatenate([np.arange(n), part])]
     rows, columns = np.tril_indices(n, -1)
     return one_hot(rows), one_hot(columns)
-
-
-def _xavier(num_in: int, num_out: int, key: Array) -> eqx.nn.Linear:
-    bound = np.sqrt(6.0 / (num_in + num_out))
-    linear = eqx.nn.Linear(num_in, num_out, key=key)
-    weight = jax.random.uniform(key, linear.weight.shape, linear.weight.dtype, -bound, bound)
-    bias = jnp.full((num_out,), 0.01, linear.weight.dtype)
-    return eqx.tree_at(lambda layer: (layer.weight, layer.bias), linear, (weight, bias))
 
 
 def _is_none(leaf: Any) -> bool:

@@ -123,7 +123,7 @@ def move(body: RigidBody, q: Array, qd: Array, qdd: Array) -> Motion:
     return Motion(S, inertia, V, sub(V, Sqd), A, sub(A, own))
 
 
-def forces(motion: Motion) -> tuple[Spatial, Spatial]:
+def momenta_and_forces(motion: Motion) -> tuple[Spatial, Spatial]:
     """Momentum and rate of momentum of each link."""
     momentum = motion.inertia.times(motion.V)
     return momentum, add(motion.inertia.times(motion.A), force_cross(motion.V, momentum))
@@ -151,6 +151,21 @@ def ancestors(body: RigidBody) -> np.ndarray:
 def stack_components(X: Any) -> Array:
     """Components first, (c, n)."""
     return jnp.stack(jax.tree.leaves(X))
+
+
+def products(a: Any, bs: list) -> list[Array]:
+    """a_i · b_j at row i, column j, for each b."""
+    n = jax.tree.leaves(a)[0].shape[0]
+    rows = zip(*(jax.tree.leaves(b) for b in bs), strict=True)
+    right = jnp.stack([x for row in rows for x in row]).reshape(-1, len(bs) * n)
+    table = stack_components(a).T @ right
+    return [table[:, k * n : (k + 1) * n] for k in range(len(bs))]
+
+
+def table_of(body: RigidBody, lower: Array, upper: Array) -> Array:
+    """`lower` where the joint of the column is that of the row or before it, `upper` where it is behind."""
+    below = ancestors(body)
+    return jnp.where(below, lower, jnp.where(below.T, upper, 0.0))
 
 
 def eye(body: RigidBody) -> Array:

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sartor.models.base import AbstractModel
-from sartor.models.lagrangian import Encoder, Network, check_sizes
+from sartor.models.lagrangian import Encoder, check_sizes
 from sartor.models.links import RigidBody
+from sartor.models.network import Network
 
 
 class ResidualMLP(AbstractModel):

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sartor.models.links import RigidBody, eye, forces, kinematics, move, subtree_sums
+from sartor.models.links import RigidBody, eye, kinematics, momenta_and_forces, move, products, subtree_sums, table_of
 from sartor.models.spatial import dot
-from sartor.models.torque_derivatives import products, table_of, torque_jacobian
+from sartor.models.torque_derivatives import torque_jacobian
 
 
 @eqx.filter_custom_jvp
@@ -133,7 +133,7 @@ def mass_solver(M: Float[Array, "n n"]) -> Callable:
 
 def _torques(body: RigidBody, q: Array, qd: Array, qdd: Array) -> Array:
     motion = move(body, q, qd, qdd)
-    passed_on = subtree_sums(body, forces(motion)[1])
+    passed_on = subtree_sums(body, momenta_and_forces(motion)[1])
     return dot(motion.S, passed_on) + body.armatures * qdd + body.dampings * qd
 
 

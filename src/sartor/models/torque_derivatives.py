@@ -1,10 +1,12 @@
-"""First and second derivatives of the torques of a robot, by analytical formulas.
+"""First and second derivatives of the torques (D11) of a robot, by analytical formulas.
+
+    ∂τ/∂q, ∂τ/∂q̇, ∂τ/∂q̈ = M;   ∂²(σᵀτ)/∂(q, q̇, q̈)² for constant σ                                            (D16)
 
 References: Singh, Russell and Wensing, Efficient Analytical Derivatives of Rigid-Body Dynamics Using Spatial Vector
 Algebra, 2022.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +15,13 @@ from jaxtyping import Array, Float
 from sartor.models.links import (
     Motion,
     RigidBody,
-    ancestors,
     eye,
-    forces,
+    momenta_and_forces,
     move,
     path_sums,
-    stack_components,
+    products,
     subtree_sums,
+    table_of,
 )  # fmt: skip
 from sartor.models.spatial import (
     Inertia,
@@ -91,7 +93,7 @@ def _partials(body: RigidBody, motion: Motion) -> tuple[Array, Array, Array]:
     psi_dot, S_dot = motion_cross(V0, S), motion_cross(V, S)
     psi_ddot = add(motion_cross(A0, S), motion_cross(V0, psi_dot))
     psi_mean = add(psi_dot, S_dot)
-    momentum, force = forces(motion)
+    momentum, force = momenta_and_forces(motion)
     # 2B has one block of its own, rate - momentum.w ×, and -2 momentum.v ×: all else cancels.
     inertia, rate, momentum, force = subtree_sums(body, (inertia, _rate(inertia, V), momentum, force))
     B_times = lambda X: _turning(rate, momentum, X)
@@ -116,7 +118,7 @@ def _second_partials(body: RigidBody, motion: Motion, V_sigma: Spatial) -> Torqu
     S, inertia, V, _, A, _ = motion
     psi_dot, rho = motion_cross(V, S), motion_cross(V_sigma, S)
     psi_ddot = add(motion_cross(A, S), motion_cross(V, psi_dot))
-    momentum, force = forces(motion)
+    momentum, force = momenta_and_forces(motion)
     pull = inertia.times(V_sigma)
     bent = sub(force_cross(V, pull), add(force_cross(V_sigma, momentum), inertia.times(motion_cross(V, V_sigma))))
     inertia, rate, rate_sigma, momentum, force, pull, bent = subtree_sums(
@@ -160,18 +162,3 @@ def _rate(inertia: Inertia, V: Spatial) -> Symmetric:
         y * (I.zz - I.xx) + x * I.xy - z * I.yz - h.x * v.z - h.z * v.x,
         x * (I.yy - I.zz) + z * I.xz - y * I.xy - h.y * v.z - h.z * v.y,
     )
-
-
-def products(a: Any, bs: list) -> list[Array]:
-    """a_i · b_j at row i, column j, for each b."""
-    n = jax.tree.leaves(a)[0].shape[0]
-    rows = zip(*(jax.tree.leaves(b) for b in bs), strict=True)
-    right = jnp.stack([x for row in rows for x in row]).reshape(-1, len(bs) * n)
-    table = stack_components(a).T @ right
-    return [table[:, k * n : (k + 1) * n] for k in range(len(bs))]
-
-
-def table_of(body: RigidBody, lower: Array, upper: Array) -> Array:
-    """`lower` where the joint of the column is that of the row or before it, `upper` where it is behind."""
-    below = ancestors(body)
-    return jnp.where(below, lower, jnp.where(below.T, upper, 0.0))

@@ -83,7 +83,7 @@ def queue(
     A plain `vmap` of a loop lets every sample of the batch step as often as the slowest one. Here a step costs as much
     as its group, so that the work is the sum of the steps that samples need. Every sample gets what it gets alone.
     """
-    num_groups = -(-num_samples // _group_size())
+    num_groups = -(-num_samples // group_size())
     group = -(-num_samples // num_groups)  # equal groups: a half-empty one would cost as much as a full one
 
     def body(carry):
@@ -106,7 +106,7 @@ def queue(
     return jax.lax.while_loop(lambda carry: jnp.any(carry[1]), body, begin)[0]
 
 
-def _group_size() -> int:
+def group_size() -> int:
     """Samples that step together: as many as a processor's vectors and caches take, or all on an accelerator."""
     return 16 if jax.default_backend() == "cpu" else 1 << 30
 
