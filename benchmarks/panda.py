@@ -76,6 +76,9 @@ def measure(config: Config, say: Any) -> dict[str, list[dict]]:
         drives[batch] = m.drive(model, batch, config.num_steps)
     main_drive, limits = drives[config.piece_batch], (config.repetitions, config.timeout)
     out: dict[str, list[dict]] = {"step": [driven.row for driven in drives.values()]}
+    if not config.quick:
+        say("control steps with networks of other sizes")
+        out["sizes"] = m.size_rows(config.num_steps)
     say("parts of a control step")
     out["pieces"] = pieces.piece_rows(model, main_drive, *limits)
     out["pieces"].append(pieces.overhead_row(drives[min(drives)], *limits))
@@ -135,18 +138,26 @@ def tables(measured: dict[str, list[dict]]) -> list:
         t.number("steps", "steps", "d"), t.number("sartor: first call [s]", "first", ".3g"),
         t.number("as CPU time [s]", "first_cpu", ".3g"), t.number("acados: set-up [s]", "setup", ".3g"),
     ]  # fmt: skip
-    return [
+    sizes = [
+        t.text("networks", "widths"), t.text("LSTMs", "encoder"), t.number("parameters", "parameters", "d"),
+        t.number("of them in the MPC", "in_mpc", "d"), t.number("step [ms]", "step", ".3g", 1e3),
+        t.number("90 % [ms]", "step_90", ".3g", 1e3), t.number("first call [s]", "first", ".3g"),
+    ]  # fmt: skip
+    found = [
         t.Table("Real-time step in closed loop", STEP_NOTE, step, measured["step"]),
+        t.Table("Real-time step of one robot by size of the networks", SIZE_NOTE, sizes, measured.get("sizes", [])),
         t.Table("Labels", LABEL_NOTE, labels, measured["labels"]),
         t.Table("Where the time of a control step goes", PIECE_NOTE, pieces, measured["pieces"]),
         t.Table("One real-time iteration beside acados", PEER_NOTE, peer, measured["peer"]),
     ]
+    return [table for table in found if table.rows]
 
 
 STEP_NOTE = (
     "A control step of `Tracker`: history, context, one Gauss-Newton real-time iteration from the shifted plan, shift;"
     " along a closed loop with MuJoCo robots of different payloads. First call: tracing, compiling and one step."
 )
+SIZE_NOTE = "As above, batch 1, with random parameters."
 LABEL_NOTE = (
     "`sartor.labels.label` under `jax.vmap`: a converged Gauss-Newton solve from the executed trajectory, and the"
     " label. The last rows are `label_samples` on the logs of the closed loop: solves in large batches, which wait less"

@@ -30,6 +30,8 @@ from timing import Phases, interleave
 
 PROBLEM = panda.problem(ArmDynamics(panda.DT))
 REAL_TIME = sartor.SQP(curvature="gauss_newton", real_time=True)
+SIZES = (((30, 20), 10, 5), ((60, 40), 24, 1), ((30, 20), 24, 1), ((16, 12), 24, 1), ((8, 8), 24, 1), ((8, 8), 8, 1))
+"""Networks that are compared: widths, size and number of the encoder's LSTMs; the published ones first."""
 SETTLING = 5  # control steps that do not count: the first plan starts from no torque
 
 
@@ -62,9 +64,10 @@ class Drive(NamedTuple):
         return len(self.plants)
 
 
-def random_model() -> CaDeLaC:
-    """CaDeLaC of the published size with random parameters; its inertia some 0.02 kg m², as that of small payloads."""
-    model = CaDeLaC(from_mujoco(panda.mj_model(damping=0.0)), key=jax.random.key(0))
+def random_model(**sizes: Any) -> CaDeLaC:
+    """CaDeLaC with random parameters, of the published size unless others are given; its inertia is some 0.02 kg m², as
+    that of small payloads."""
+    model = CaDeLaC(from_mujoco(panda.mj_model(damping=0.0)), key=jax.random.key(0), **sizes)
     last = model.inertia.layers[-1]
     small = 0.1 * last.weight, last.bias.at[: model.body.nq].set(-3.0)
     return eqx.tree_at(lambda m: (m.inertia.layers[-1].weight, m.inertia.layers[-1].bias), model, small)
@@ -100,6 +103,18 @@ def drive(model: CaDeLaC, batch: int, num_steps: int) -> Drive:
         "failed": failed / (batch * num_steps), "far": far,
     }  # fmt: skip
     return Drive(row, tracker, plants, visits[SETTLING:])
+
+
+def size_rows(num_steps: int) -> list[Row]:
+    """The control step of one robot with networks of several sizes."""
+    rows = []
+    for widths, hidden, num_layers in SIZES:
+        model = random_model(widths=widths, hidden=hidden, num_layers=num_layers)
+        counts = [sum(leaf.size for leaf in jax.tree.leaves(part)) for part in (
+            (model.encoder, model.inertia, model.potential), (model.inertia, model.potential))]  # fmt: skip
+        names = {"widths": str(list(widths)), "encoder": f"{num_layers} x {hidden}"}
+        rows.append(names | {"parameters": counts[0], "in_mpc": counts[1]} | drive(model, 1, num_steps).row)
+    return rows
 
 
 def mpc_step(model: CaDeLaC, z: Any, refs: Any, x: Any, guess: Any) -> sartor.Solution:

@@ -5,6 +5,7 @@
     mpc.dx        the cost is known; dynamics from its controls alone, through the derivative of the MPC
     mpc.cost      the dynamics are known; weights and goal of the cost from its controls alone
     mpc.cost.dx   both from its controls alone
+    ....gn        the same by Levenberg and Marquardt's steps on all demonstrations instead of RMSprop's: not published
 
 Source: Amos et al., Differentiable MPC for End-to-end Planning and Control, 2018, section 5.3 (Figures 4 and 6).
 """
@@ -21,7 +22,7 @@ import optax
 import tyro
 
 from sartor import descent
-from sartor.descent import Learning
+from sartor.descent import Learning, LevenbergMarquardt
 from sartor.experiments.imitation_network import Planner, Plans
 from sartor.experiments.imitation_systems import System, Theta, demonstrate, system
 from sartor.experiments.jobs import Job, Monitor
@@ -31,14 +32,21 @@ from sartor.files import read_json, write_json
 from sartor.imitate import identify, imitate, imitation_loss
 from sartor.parameters import values
 
-Method = Literal["nn", "sysid", "mpc.dx", "mpc.cost", "mpc.cost.dx"]
+Method = Literal[
+    "nn", "sysid", "mpc.dx", "mpc.cost", "mpc.cost.dx", "mpc.dx.gn", "mpc.cost.gn", "mpc.cost.dx.gn"
+]  # fmt: skip
 Name = Literal["pendulum", "cartpole"]
-METHODS: tuple[Method, ...] = ("nn", "sysid", "mpc.dx", "mpc.cost", "mpc.cost.dx")
+METHODS: tuple[Method, ...] = (
+    "nn", "sysid", "mpc.dx", "mpc.cost", "mpc.cost.dx", "mpc.dx.gn", "mpc.cost.gn", "mpc.cost.dx.gn",
+)  # fmt: skip
 _PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": dict(systems=("pendulum",), sizes=(10,), seeds=1, epochs=6, network_epochs=6),
-    "quick": dict(systems=("pendulum",), sizes=(10, 100), seeds=1, epochs=200, network_epochs=200),
-    "paper": dict(systems=("pendulum", "cartpole"), sizes=(10, 50, 100), seeds=4, epochs=1000, network_epochs=1000),
+    "smoke": dict(systems=("pendulum",), sizes=(10,), seeds=1, epochs=6, network_epochs=6, steps=4),
+    "quick": dict(systems=("pendulum",), sizes=(10, 100), seeds=1, epochs=200, network_epochs=200, steps=60),
+    "paper": dict(
+        systems=("pendulum", "cartpole"), sizes=(10, 50, 100), seeds=4, epochs=1000, network_epochs=1000, steps=100
+    ),
 }
+_STEPS_OF_PATIENCE = 15
 _POINTS = 300  # of a curve that is kept
 _RMSPROP, _ADAM = optax.rmsprop(1e-2, decay=0.5), optax.adam(1e-4)
 
@@ -63,6 +71,8 @@ class Config:
     """Passes over the demonstrations, at most."""
     network_epochs: int = 0
     """The same for `nn`."""
+    steps: int = 0
+    """Steps of Levenberg and Marquardt, at most."""
     patience: int = 150
     """Epochs without a lower validation loss after which a method stops."""
     held_out: int = 10
@@ -71,7 +81,7 @@ class Config:
     """Processes, one for each core; 0: do all in this one."""
 
     def __post_init__(self):
-        check_least(self, 0, "seeds", "epochs", "network_epochs", "patience", "workers")
+        check_least(self, 0, "seeds", "epochs", "network_epochs", "steps", "patience", "workers")
         check_least(self, 1, "sizes", "held_out")
         if not self.methods:
             raise ValueError("methods is empty: name some.")
@@ -138,7 +148,16 @@ def _parameters(output: Path, here: System, trial: Trial, config: Config, data: 
     how = Learning(config.epochs, patience=config.patience, seed=trial.seed)
     options = {"checkpoint": output.with_suffix(".npz"), "monitor": monitor, "validation": validation}
     true, start = here.true, here.start
-    if trial.method == "sysid":
+    if trial.method.endswith(".gn"):
+        begin, learned_leaves = {
+            "mpc.dx.gn": (true._replace(dx=start.dx), _dx),
+            "mpc.cost.gn": (start._replace(dx=true.dx), _cost),
+            "mpc.cost.dx.gn": (start, None),
+        }[trial.method]
+        how = Learning(config.steps, patience=_STEPS_OF_PATIENCE, seed=trial.seed, restart=0)
+        learned = imitate(here.problem, begin, training, how, learn=learned_leaves, optimiser=LevenbergMarquardt(),
+                          **options)  # fmt: skip
+    elif trial.method == "sysid":
         learned = identify(here.problem, true._replace(dx=start.dx), training, how, learn=_dx, optimiser=_RMSPROP,
                            **options)  # fmt: skip
     else:
@@ -197,6 +216,10 @@ def _weights(theta: Theta) -> Any:
 
 def _goal(theta: Theta) -> Any:
     return theta.goal
+
+
+def _cost(theta: Theta) -> Any:
+    return theta.weights, theta.goal
 
 
 def _dx_and_weights(theta: Theta) -> Any:

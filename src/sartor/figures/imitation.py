@@ -31,7 +31,7 @@ def losses(content: dict[str, Any]) -> Figure | None:
             for x, values in enumerate(found):
                 ax.plot([x + shift] * len(values), values, "o", ms=4, color=color(method), mfc="white")
             middle = [np.median(values) if values else np.nan for values in found]
-            ax.plot(np.arange(len(sizes)) + shift, middle, "-", lw=1.4, color=color(method), label=method)
+            ax.plot(np.arange(len(sizes)) + shift, middle, line(method), lw=1.4, color=color(method), label=method)
         ax.set_yscale("log")
         ax.set_xticks(range(len(sizes)), map(str, sizes))
         ax.set_xlabel("demonstrations")
@@ -135,13 +135,19 @@ def solver_cost(content: dict[str, Any]) -> Figure | None:
 
 def color(method: str) -> str:
     """Of a method, in all figures."""
-    return _COLORS.get(method, MUSTARD if method else INK)
+    return _COLORS.get(method.removesuffix(".gn"), MUSTARD if method else INK)
+
+
+def line(method: str) -> str:
+    """Dashed for Levenberg and Marquardt's steps."""
+    return "--" if method.endswith(".gn") else "-"
 
 
 def _curve(ax: Axes, row: dict[str, Any]) -> None:
     train, held_out = (np.maximum(np.array(row[f"{k}_curve"], float), _FLOOR) for k in ("train", "validation"))
     ax.plot(row["epoch"], train, lw=0.7, alpha=0.6, color=color(row["method"]))
-    ax.plot(row["epoch"], held_out, lw=1.6, color=color(row["method"]), label=row["method"])
+    method = row["method"]
+    ax.plot(row["epoch"], held_out, line(method), lw=1.6, color=color(method), label=method)
 
 
 def _distinct(rows: Rows, key: str) -> list[Any]:
