@@ -1,11 +1,13 @@
 """`sartor run` from end to end on the smallest settings, and a run that is interrupted and resumed."""
 
+import io
 import json
 
 import jax
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from rich.console import Console
 
 from sartor import cli, report_closed_loop
 from sartor.experiments import closed_loop
@@ -108,3 +110,18 @@ def test_figure_of_a_run_with_failures_that_are_not_finite(finished, tmp_path):
     ep["kkt_norms"][0] = np.nan
     np.savez(tmp_path / "episode.npz", **ep)
     assert report_closed_loop.figure(tmp_path).stat().st_size > 10_000
+
+
+def test_a_phase_that_comes_again_is_timed_anew(monkeypatch):
+    console = Console(file=io.StringIO())
+    shown = cli._progress(console)
+    monkeypatch.setattr(cli, "_progress", lambda console: shown)
+    monkeypatch.setattr(cli, "_configure_jax", lambda hurry: None)
+    with cli._monitored(console) as monitor:
+        monitor("test", 2, 2)
+        before = shown.tasks[0].start_time
+        monitor("test", 0, 3)
+        assert shown.tasks[0].start_time > before and shown.tasks[0].total == 3
+        again = shown.tasks[0].start_time
+        monitor("test", 1, 3)
+        assert shown.tasks[0].start_time == again and shown.tasks[0].completed == 1

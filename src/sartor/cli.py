@@ -199,6 +199,8 @@ def _monitored(console: Console, hurry: bool = False) -> Iterator[Callable[[str,
         def monitor(phase: str, done: float, total: float) -> None:
             if phase not in tasks:
                 tasks[phase] = progress.add_task(phase, total=total)
+            elif progress.tasks[tasks[phase]].finished and done < total:  # a phase that comes again takes its own time
+                progress.reset(tasks[phase], total=total)
             progress.update(tasks[phase], completed=done, total=total)
 
         yield monitor
