@@ -23,12 +23,13 @@ WINDOW = 40
 _SMOKE: dict[str, Any] = dict(
     models=1, seeds=1, weightings=("stand", "ours"), rollouts=(2,), steps=40, pretrain_payloads=4,
     pretrain_references=1, pretrain_epochs=2, finetune_payloads=2, kept=2, label_stride=8, epochs=1, batch=32, tests=2,
-    curvature="gauss_newton", anchor=10.0, workers=0,
+    curvature="gauss_newton", anchor=10.0, learning_rate=1e-3, workers=0,
 )  # fmt: skip
 _QUICK: dict[str, Any] = dict(
     models=1, seeds=1, weightings=("stand", "ours", "stand_env", "regret_env"), rollouts=(4,), steps=500,
     pretrain_payloads=60, pretrain_references=2, pretrain_epochs=30, finetune_payloads=30, kept=30, label_stride=5,
-    epochs=8, batch=256, tests=20, curvature="gauss_newton", anchor=10.0, studies=("recipe_quick",),
+    epochs=8, batch=256, learning_rate=3e-3, tests=20, curvature="gauss_newton", anchor=10.0,
+    studies=("recipe_quick",),
 )  # fmt: skip
 _PUBLISHED: tuple[Weighting, ...] = ("ones", "stand", "norm", "mpc_cost", "ours", "ours_avg")
 _PAPER: dict[str, Any] = dict(
@@ -36,7 +37,8 @@ _PAPER: dict[str, Any] = dict(
     weightings=(*_PUBLISHED, "ours_shuffled", "stand_env", "regret", "regret_env", "closed_loop"),
     others=(*_PUBLISHED, "ours_shuffled"),
     rollouts=(4, 1, 12), steps=500, pretrain_payloads=100, pretrain_references=2, pretrain_epochs=40,
-    finetune_payloads=60, kept=30, label_stride=5, epochs=8, batch=256, tests=20, curvature="exact", anchor=3.0,
+    finetune_payloads=60, kept=30, label_stride=5, epochs=8, batch=256, learning_rate=1e-3, tests=20,
+    curvature="exact", anchor=3.0,
     studies=("rounds", "recipe", "alone", "capacity", "ablation"), validation=10, protocols=("stand", "ours"), truth=4,
 )  # fmt: skip
 _DEFAULT: dict[str, Any] = dict(others=(), studies=(), study_seeds=1, validation=0, protocols=(), truth=0, workers=2)
@@ -113,7 +115,7 @@ class Config:
     """Passes over the data in fine-tuning."""
     batch: int = 0
     """Samples of a gradient step in fine-tuning."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 0.0
     """Learning rate of fine-tuning, the same for all weightings."""
     tests: int = 0
     """Held-out payloads, one reference each."""
@@ -152,8 +154,8 @@ class Config:
         )
         if not 0.0 <= self.share <= 1.0:
             raise ValueError(f"share must lie between 0 and 1, not {self.share}.")
-        for name in ("learning_rate", "pretrain_rate"):
-            if not 0.0 < getattr(self, name) < 1.0:
+        for name, least in (("learning_rate", 0.0), ("pretrain_rate", 1e-9)):  # 0 stands for the preset's
+            if not least <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}.")
         if any(not 1 <= p <= panda.HORIZON for p in self.rollouts):
             raise ValueError(f"rollouts must lie in 1..{panda.HORIZON}, the horizon of the MPC, not {self.rollouts}.")
