@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sartor.data import Log
-from sartor.labels import label_solution
+from sartor.labels import check_options, label_solution
 from sartor.models.base import AbstractModel, ArmDynamics, Theta
 from sartor.problem import Problem
 from sartor.samples import Windows
@@ -95,6 +95,7 @@ def label_states(
     """
     if "error" in options:
         raise ValueError("both readings of an error are given, du0_de and du0_derror: leave out error.")
+    check_options(problem, **options)
     size, parts = len(x0), []
     for which in _chunks(size):
         found = _labels(problem, model, solver, tuple(a[which] for a in (x0, contexts, refs, *start)), **options)

@@ -132,7 +132,7 @@ def action_sensitivity(
     Fails: raises `SolveError` outside of transformations where the solution has no derivative.
     References: Węgrzynowski et al., eq. (6).
     """
-    _check_options(problem, eps, method, perturb)
+    check_options(problem, eps=eps, method=method, perturb=perturb)
     eps = jnp.asarray(eps, sol.us.dtype)
     effective, status = _effective(problem, theta, x0, sol, eps, method, perturb, solver)
     refuse(status)
@@ -174,6 +174,7 @@ def label(
     Fails: `ValueError` for wrong input, as `solve`; a failed solve is a status, and its label NaN.
     References: Węgrzynowski et al., eqs. (4) to (6).
     """
+    check_options(problem, eps=eps, method=method, perturb=perturb, combine=combine, error=error)
     sol = solve(problem, theta, x0, solver=solver, guess=guess, throw=False)
     return label_solution(
         problem, theta, sol, solver=solver, eps=eps, method=method, perturb=perturb, combine=combine, error=error,
@@ -195,11 +196,7 @@ def label_solution(
     curvature: Curvature = "exact",
 ) -> Label:
     """The label of a sample whose solution is at hand; arguments, result and errors as of `label`."""
-    _check_options(problem, eps, method, perturb)
-    if combine not in ("signed", "absolute", "regret"):
-        raise ValueError(f"combine must be 'signed', 'absolute' or 'regret', not {combine!r}.")
-    if error not in ("defect", "trajectory"):
-        raise ValueError(f"error must be 'defect' or 'trajectory', not {error!r}.")
+    check_options(problem, eps=eps, method=method, perturb=perturb, combine=combine, error=error)
     eps = jnp.asarray(eps, sol.us.dtype)  # an array: as a number it would be compiled in
     return _label(problem, theta, sol, eps, method, perturb, combine, error, curvature, solver)
 
@@ -363,7 +360,16 @@ def _split_penalties(problem: Problem, theta: Theta, x: Array, path: Any) -> tup
     return tuple(value[:nh] for value in both), tuple(value[nh:] for value in both)
 
 
-def _check_options(problem: Problem, eps: Any, method: str, perturb: str) -> None:
+def check_options(
+    problem: Problem, *, eps: Any = 0.1, method: str = "curvature", perturb: str = "one_by_one",
+    combine: str = "signed", error: str = "defect", curvature: str = "exact",
+) -> None:  # fmt: skip
+    """Raise a `ValueError` for values that the options of `label` do not have."""
+    del curvature  # `linearise` says what is wrong with it
+    if combine not in ("signed", "absolute", "regret"):
+        raise ValueError(f"combine must be 'signed', 'absolute' or 'regret', not {combine!r}.")
+    if error not in ("defect", "trajectory"):
+        raise ValueError(f"error must be 'defect' or 'trajectory', not {error!r}.")
     if method not in ("curvature", "resolve"):
         raise ValueError(f"method must be 'curvature' or 'resolve', not {method!r}.")
     if perturb not in ("one_by_one", "together"):
