@@ -38,7 +38,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "paper": dict(seeds=8, iterations=5000, steps=40, starts=12),
 }
 _POINTS = 300  # of a curve that is kept
-RECOVERED = 1e-4  # model loss below which the true model counts as found
+RECOVERED = 1e-3  # model loss below which the true model counts as found: entries of size 1 are off by 3 %
 
 
 @dataclass(frozen=True)
