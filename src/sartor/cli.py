@@ -32,7 +32,7 @@ from sartor import tailoring
 from sartor.experiments import closed_loop, imitation, imitation_lqr, panda, solver_cost, unrealisable
 
 _EXPERIMENTS = {
-    "panda": "Tailor a Panda's dynamics model to its tracking task, under several weightings (some ten minutes).",
+    "panda": "Tailor a Panda's dynamics model to its tracking task, under several weightings (six to ten minutes).",
     "imitation": "Learn cost and dynamics of a pendulum's and a cart-pole's MPC from its plans, by five methods.",
     "imitation-lqr": "Learn a linear model by imitation: where gradients get stuck, and what does not.",
     "unrealisable": "Imitate an expert whose dynamics no learner can have: identification against imitation.",
