@@ -53,7 +53,7 @@ class Config:
     experiment: Annotated[Literal["panda"], tyro.conf.Suppress] = "panda"
     """Which experiment."""
     preset: Literal["smoke", "quick", "paper"] = "quick"
-    """`smoke` is for tests, `quick` takes six to ten minutes, `paper` four to nine hours on two cores."""
+    """`smoke` is for tests, `quick` takes six to ten minutes, `paper` some nine hours."""
     models: int = 0
     """Pretrained models, each from another seed."""
     seeds: int = 0

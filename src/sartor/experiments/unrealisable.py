@@ -49,8 +49,8 @@ class Config:
     samples: int = 0
     """Demonstrations for training."""
     held_out: int = 128
-    """Demonstrations on which both losses are measured. Published are 10; a quarter of the plans are far from the
-    expert's, whatever is learned, and dominate the mean, so that 10 decide nothing."""
+    """Demonstrations on which both losses are measured. Published are 10; the one plan in five or so that is far
+    from the expert's, whatever is learned, decides the mean, so that 10 tell nothing."""
     dampings: tuple[Damping, ...] = ("rate", "angle")
     """What the expert's damping acts on: the rate, or the angle as in the authors' code."""
     workers: int = 2
