@@ -5,16 +5,19 @@
     mpc.dx        the cost is known; dynamics from its controls alone, through the derivative of the MPC
     mpc.cost      the dynamics are known; weights and goal of the cost from its controls alone
     mpc.cost.dx   both from its controls alone
-    ....gn        the same by Levenberg and Marquardt's steps on all demonstrations instead of RMSprop's: not published
+    ....gn        the same by Levenberg and Marquardt's steps on all demonstrations instead of RMSprop's, from several
+                  starts of which validation chooses: not published
 
 Source: Amos et al., Differentiable MPC for End-to-end Planning and Control, 2018, section 5.3 (Figures 4 and 6).
 """
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,9 +25,9 @@ import optax
 import tyro
 
 from sartor import descent
-from sartor.descent import Learning, LevenbergMarquardt
+from sartor.descent import Learned, Learning, LevenbergMarquardt
 from sartor.experiments.imitation_network import Planner, Plans
-from sartor.experiments.imitation_systems import System, Theta, demonstrate, system
+from sartor.experiments.imitation_systems import SOLVER, System, Theta, demonstrate, system
 from sartor.experiments.jobs import Job, Monitor
 from sartor.experiments.presets import check_least, filled
 from sartor.experiments.run_folder import opened
@@ -40,13 +43,22 @@ METHODS: tuple[Method, ...] = (
     "nn", "sysid", "mpc.dx", "mpc.cost", "mpc.cost.dx", "mpc.dx.gn", "mpc.cost.gn", "mpc.cost.dx.gn",
 )  # fmt: skip
 _PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": dict(systems=("pendulum",), sizes=(10,), seeds=1, epochs=6, network_epochs=6, steps=4),
-    "quick": dict(systems=("pendulum",), sizes=(10, 100), seeds=1, epochs=200, network_epochs=200, steps=60),
+    "smoke": dict(systems=("pendulum",), sizes=(10,), seeds=1, epochs=6, network_epochs=6, steps=4, starts=2),
+    "quick": dict(systems=("pendulum",), sizes=(10, 100), seeds=1, epochs=200, network_epochs=200, steps=60, starts=8),
     "paper": dict(
-        systems=("pendulum", "cartpole"), sizes=(10, 50, 100), seeds=4, epochs=1000, network_epochs=1000, steps=100
+        systems=("pendulum", "cartpole"),
+        sizes=(10, 50, 100),
+        seeds=4,
+        epochs=1000,
+        network_epochs=1000,
+        steps=100,
+        starts=16,
     ),
 }
 _STEPS_OF_PATIENCE = 15
+_DAMPINGS = (1.0, 1e-2)  # of Levenberg and Marquardt, in turns: each gets stuck where the other does not
+_SPREAD = 0.5  # of the starts behind the first, in the free numbers: factors of e^±0.5 of positive parameters
+_EXACT = 1e-10  # a validation loss that other starts need not better
 _POINTS = 300  # of a curve that is kept
 _RMSPROP, _ADAM = optax.rmsprop(1e-2, decay=0.5), optax.adam(1e-4)
 
@@ -72,7 +84,9 @@ class Config:
     network_epochs: int = 0
     """The same for `nn`."""
     steps: int = 0
-    """Steps of Levenberg and Marquardt, at most."""
+    """Steps of Levenberg and Marquardt from each start, at most."""
+    starts: int = 0
+    """Starts of Levenberg and Marquardt's steps, at most; the first two, with other damping, are that of RMSprop."""
     patience: int = 150
     """Epochs without a lower validation loss after which a method stops."""
     held_out: int = 10
@@ -81,7 +95,7 @@ class Config:
     """Processes, one for each core; 0: do all in this one."""
 
     def __post_init__(self):
-        check_least(self, 0, "seeds", "epochs", "network_epochs", "steps", "patience", "workers")
+        check_least(self, 0, "seeds", "epochs", "network_epochs", "steps", "starts", "patience", "workers")
         check_least(self, 1, "sizes", "held_out")
         if not self.methods:
             raise ValueError("methods is empty: name some.")
@@ -133,7 +147,7 @@ def learn(output: Path, trial: Trial, config: Config, monitor: Any) -> None:
     every = max(1, len(curve.train) // _POINTS)
     epochs = np.arange(0, len(curve.train), every)
     content = {
-        **trial._asdict(), "time": time.perf_counter() - begun, "epochs": len(curve.train), "found": found,
+        **trial._asdict(), "time": time.perf_counter() - begun, "epochs": len(curve.train), **found,
         "failed": int(curve.failed.sum()), "epoch": (1 + epochs).tolist(),
         **{f"{name}_curve": getattr(curve, name)[epochs].tolist() for name in ("train", "validation")},
         **losses,
@@ -144,34 +158,55 @@ def learn(output: Path, trial: Trial, config: Config, monitor: Any) -> None:
 
 def _parameters(output: Path, here: System, trial: Trial, config: Config, data: tuple, monitor: Any) -> tuple:
     """The methods that know the form of the controller."""
-    training, validation, test = data
-    how = Learning(config.epochs, patience=config.patience, seed=trial.seed)
-    options = {"checkpoint": output.with_suffix(".npz"), "monitor": monitor, "validation": validation}
-    true, start = here.true, here.start
     if trial.method.endswith(".gn"):
-        begin, learned_leaves = {
-            "mpc.dx.gn": (true._replace(dx=start.dx), _dx),
-            "mpc.cost.gn": (start._replace(dx=true.dx), _cost),
-            "mpc.cost.dx.gn": (start, None),
-        }[trial.method]
-        how = Learning(config.steps, patience=_STEPS_OF_PATIENCE, seed=trial.seed, restart=0)
-        learned = imitate(here.problem, begin, training, how, learn=learned_leaves, optimiser=LevenbergMarquardt(),
-                          **options)  # fmt: skip
-    elif trial.method == "sysid":
-        learned = identify(here.problem, true._replace(dx=start.dx), training, how, learn=_dx, optimiser=_RMSPROP,
-                           **options)  # fmt: skip
+        learned, starts = _from_starts(here, trial, config, data, monitor)
     else:
-        begin, groups = {
-            "mpc.dx": (true._replace(dx=start.dx), [_dx]),
-            "mpc.cost": (start._replace(dx=true.dx), [_weights, _goal]),
-            "mpc.cost.dx": (start, [_dx_and_weights, _dx_and_goal]),
-        }[trial.method]
-        learned = imitate(here.problem, begin, training, how, learn=groups, optimiser=_RMSPROP, **options)
+        learned, starts = _by_gradients(output, here, trial, config, data, monitor), 1
     losses = {
-        name: _mean(imitation_loss(here.problem, learned.theta, some))
-        for name, some in (("train", training), ("validation", validation), ("test", test))
+        name: _mean(imitation_loss(here.problem, learned.theta, some, solver=SOLVER))
+        for name, some in zip(("train", "validation", "test"), data, strict=True)
     }
-    return losses, learned.curve, _found(learned.theta)
+    return losses, learned.curve, {"starts": starts, "found": _found(learned.theta)}
+
+
+def _by_gradients(output: Path, here: System, trial: Trial, config: Config, data: tuple, monitor: Any) -> Learned:
+    """As published: RMSprop, weights and goal in turns."""
+    training, validation, _ = data
+    begin, groups = {
+        "sysid": (here.true._replace(dx=here.start.dx), [_dx]),
+        "mpc.dx": (here.true._replace(dx=here.start.dx), [_dx]),
+        "mpc.cost": (here.start._replace(dx=here.true.dx), [_weights, _goal]),
+        "mpc.cost.dx": (here.start, [_dx_and_weights, _dx_and_goal]),
+    }[trial.method]
+    learn = identify if trial.method == "sysid" else partial(imitate, solver=SOLVER)
+    return learn(
+        here.problem, begin, training, Learning(config.epochs, patience=config.patience, seed=trial.seed), learn=groups,
+        validation=validation, optimiser=_RMSPROP, checkpoint=output.with_suffix(".npz"), monitor=monitor,
+    )  # fmt: skip
+
+
+def _from_starts(here: System, trial: Trial, config: Config, data: tuple, monitor: Any) -> tuple[Learned, int]:
+    """Levenberg and Marquardt's steps from several starts, until one is exact: the one that validation
+    prefers, and their number. The first two begin where RMSprop does."""
+    training, validation, _ = data
+    begin, leaves = {
+        "mpc.dx.gn": (here.true._replace(dx=here.start.dx), _dx),
+        "mpc.cost.gn": (here.start._replace(dx=here.true.dx), _cost),
+        "mpc.cost.dx.gn": (here.start, _cost_and_dx),
+    }[trial.method]
+    rng, tried = np.random.default_rng(trial.seed), []
+    move = lambda part: jax.tree.map(lambda leaf: leaf + _SPREAD * rng.standard_normal(np.shape(leaf)), part)
+    for start in range(config.starts):
+        learned = imitate(
+            here.problem, eqx.tree_at(leaves, begin, replace_fn=move) if start > 1 else begin, training,
+            Learning(config.steps, patience=_STEPS_OF_PATIENCE, restart=0), learn=leaves, validation=validation,
+            optimiser=LevenbergMarquardt(_DAMPINGS[start % 2]), solver=SOLVER,
+            monitor=lambda done, total, start=start: monitor(start * total + done, config.starts * total),
+        )  # fmt: skip
+        tried.append(learned)
+        if np.nanmin(learned.curve.validation) < _EXACT:
+            break
+    return min(tried, key=lambda learned: np.nanmin(learned.curve.validation)), len(tried)
 
 
 def _network(output: Path, here: System, trial: Trial, config: Config, data: tuple, monitor: Any) -> tuple:
@@ -188,7 +223,7 @@ def _network(output: Path, here: System, trial: Trial, config: Config, data: tup
         name: float(np.mean(descent.evaluate(Plans(), learned.theta, some)[0]))
         for name, some in (("train", training), ("validation", validation), ("test", test))
     }
-    return losses, learned.curve, {}
+    return losses, learned.curve, {"starts": 1, "found": {}}
 
 
 def _found(theta: Theta) -> dict[str, Any]:
@@ -220,6 +255,10 @@ def _goal(theta: Theta) -> Any:
 
 def _cost(theta: Theta) -> Any:
     return theta.weights, theta.goal
+
+
+def _cost_and_dx(theta: Theta) -> Any:
+    return theta.dx, theta.weights, theta.goal
 
 
 def _dx_and_weights(theta: Theta) -> Any:

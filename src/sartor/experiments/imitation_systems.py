@@ -21,9 +21,11 @@ from sartor.imitate import Demonstrations
 from sartor.parameters import bounded, positive
 from sartor.problem import Problem
 from sartor.solve import solve
+from sartor.solvers.box_ddp import BoxDDP
 from sartor.systems import cartpole, pendulum
 
 HORIZON = 19
+SOLVER = BoxDDP()  # there are no other constraints than bounds of controls
 Damping = Literal["rate", "angle"]
 """What friction acts on: the rate, as the paper's text says, or the angle, as in its code."""
 
@@ -149,7 +151,7 @@ def demonstrate(system: System, num_samples: int, seed: int) -> Demonstrations:
     """Plans of the expert from random states; from states whose solve fails there is none, others are drawn."""
     rng = np.random.default_rng(seed)
     us, xs = np.zeros((0, HORIZON, 1)), np.zeros((0, HORIZON + 1, len(system.start.goal) - 1))
-    plan = jax.jit(jax.vmap(lambda x0: solve(system.problem, system.true, x0, throw=False)))
+    plan = jax.jit(jax.vmap(lambda x0: solve(system.problem, system.true, x0, solver=SOLVER, throw=False)))
     while len(us) < num_samples:
         sols = plan(jnp.asarray(system.sample(rng, 32)))
         good = np.asarray(sols.successful)
