@@ -22,8 +22,8 @@ _GLOSSARY = Grid(
         ["mpc.dx", "the cost is known; dynamics from its controls alone, through the derivative of the MPC"],
         ["mpc.cost", "the dynamics are known; weights and goal of the cost from its controls alone"],
         ["mpc.cost.dx", "both from its controls alone"],
-        ["....gn", "the same by Levenberg and Marquardt's steps on all demonstrations, from several starts of which the "
-         "one with the lowest validation loss counts: not published"],
+        ["....gn", "the same by Levenberg and Marquardt's steps on all demonstrations, from several starts, of which "
+         "that with the lowest validation loss counts: not published"],
         ["identified", "combinations of parameters that plans depend on: g/l and m l² of the pendulum, all of the "
          "cart-pole; of a cost nothing is told by its scale"],
     ],
