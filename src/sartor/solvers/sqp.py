@@ -109,12 +109,10 @@ class SQP(AbstractSolver):
         tau = jnp.maximum(jnp.minimum(1e-2 * jnp.minimum(norm, norm**2), 1e-4), self._tau_end(x0))
         tau = jnp.full_like(tau, self._tau_end(x0)) if self.real_time else tau  # there is no later QP to make up for it
         deltas = _deltas(expansion, state)
-        if unroll or self.tau > 0 or expansion.rows.path.size + expansion.rows.terminal.size:
+        if unroll or self.tau > 0:
             qp = solve_qp(expansion, rules, start, tau, deltas, self.max_inner_steps, unroll, settled)
         else:
-            low, high = (getattr(state.point.mus, b) > getattr(state.point.slacks, b) for b in ("u_min", "u_max"))
-            quick = solve_bounded(expansion, kkt.bounded(problem), deltas[0], low, high, settled)
-            found = quick.settled & quick.regular
+            quick, found = _without_rows(problem, expansion, state.point, deltas[0], settled)
             qp = solve_qp(expansion, rules, start, tau, deltas, self.max_inner_steps, unroll, settled | found)
             qp = jax.tree.map(lambda a, b: jnp.where(found, a, b), _as_interior(expansion, rules, quick, qp), qp)
         omega = jnp.maximum(jnp.abs(qp.point.lams), 0.5 * (state.omega + jnp.abs(qp.point.lams)))
@@ -266,14 +264,28 @@ def _move(problem: Problem, point: Point, solved: Interior, us: Array, xs: Array
     )
 
 
+def _without_rows(
+    problem: Problem, expansion: Expansion, point: Point, delta: Array, skip: Array
+) -> tuple[ActiveSet, Array]:
+    """The solution of the QP by the active-set method if no row but bounds is active in it, and whether that is so.
+
+    It is not tried where the multipliers of the guess say otherwise.
+    """
+    active = jax.tree.map(jnp.greater, point.mus, point.slacks)
+    skip = skip | jnp.any(active.path) | jnp.any(active.terminal)
+    quick = solve_bounded(expansion, kkt.bounded(problem), delta, active.u_min, active.u_max, skip)
+    ahead = jax.tree.map(jnp.add, expansion.rows, kkt.rows_tangent(expansion.jacobian, quick.z.us, quick.z.xs))
+    return quick, quick.settled & quick.regular & jnp.all(ahead.path <= 0) & jnp.all(ahead.terminal <= 0)
+
+
 def _as_interior(expansion: Expansion, rules: Rules, quick: ActiveSet, like: QPState) -> QPState:
     """The solution of the active-set method in the form of the interior-point method's."""
     us, xs, lams = quick.z
     ahead = pack(expansion.rows) + pack(kkt.rows_tangent(expansion.jacobian, us, xs))
     slacks = jnp.where(rules.exist, jnp.maximum(-ahead, 0.0), 1.0)
-    rows = expansion.rows
-    held = pack(Rows(quick.low, quick.high, rows.path, rows.terminal))
-    mus = pack(Rows(quick.mu_low, quick.mu_high, rows.path, rows.terminal))
+    path, terminal = jnp.zeros_like(expansion.rows.path), jnp.zeros_like(expansion.rows.terminal)
+    held = pack(Rows(quick.low, quick.high, path > 0, terminal > 0))
+    mus = pack(Rows(quick.mu_low, quick.mu_high, path, terminal))
     nothing = jnp.zeros_like(mus)
     point = Interior(us, xs, lams, mus, jnp.where(held, 0.0, slacks), nothing, nothing)
     return like._replace(point=point, K=quick.K, regular=quick.regular, done=quick.settled, num_steps=quick.num_steps)
