@@ -14,13 +14,13 @@ ROOT = Path(sartor.__file__).parent
 ORDER = [
     {"problem"}, {"solution"}, {"kkt"}, {"riccati"}, {"sensitivity"}, {"solvers.base"},
     {"solvers.qp", "solvers.active_set"}, {"solvers.sqp", "solvers.box_ddp"}, {"solve"}, {"labels"}, {"mpc"}, {"files"},
-    {"parameters"}, {"descent"}, {"imitate"}, {"policy_gradient"}, {"estimators"},
+    {"parameters"}, {"descent"}, {"imitate"}, {"policy_gradient"}, {"estimators"}, {"tuning"}, {"tune"},
     {"models.spatial"}, {"models.links"}, {"models.torque_derivatives"}, {"models.rigid_body", "models.integrate"},
     {"models.mjcf"}, {"models.base"}, {"models.network"}, {"models.lagrangian"}, {"models.mlp"}, {"models.store"},
     {"data"}, {"logs", "lerobot_meta"}, {"lerobot"},
     {"weights"}, {"samples"}, {"train"}, {"labelling"}, {"plant", "render"}, {"tracking"},
     {"systems"}, {"pairing"}, {"evaluate"}, {"figures"}, {"report_closed_loop"}, {"tables"}, {"report"},
-    {"report_panda"}, {"experiments"}, {"report_imitation"}, {"tailoring"}, {"cli"},
+    {"report_panda"}, {"experiments"}, {"report_imitation", "report_tuning"}, {"tailoring"}, {"cli"},
 ]  # fmt: skip
 
 

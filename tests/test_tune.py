@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sartor import MPC, Problem, Softening, estimators
-from sartor.policy_gradient import cost_gradient, feedback, roll_out, sensitivities
+from sartor.policy_gradient import cost_gradient, feedback, policy_jacobian, roll_out, sensitivities
 
 STEPS = 12
 X0 = jnp.array([2.0, 0.0])
@@ -74,7 +74,8 @@ def test_with_the_true_model_it_is_the_gradient(loop):
     h = 1e-5
     differences = [(of(unravel(flat + h * d)) - of(unravel(flat - h * d))) / (2 * h) for d in np.eye(flat.size)]
     np.testing.assert_allclose(jax.flatten_util.ravel_pytree(found)[0], differences, rtol=1e-6, atol=1e-6)
-    Xs, Us = jax.jit(lambda: sensitivities(build, THETA, rollout, along))()
+    direct = jax.jit(lambda: policy_jacobian(build, THETA, rollout, along))()
+    Xs, Us = sensitivities(along.A, along.B, along.K, direct)
     chained = jnp.einsum("tx,txn->n", slopes[0], Xs) + jnp.einsum("tu,tun->n", slopes[1], Us)
     np.testing.assert_allclose(chained, jax.flatten_util.ravel_pytree(found)[0], rtol=1e-9, atol=1e-9)
 

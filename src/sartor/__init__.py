@@ -38,3 +38,7 @@ from sartor.solve import violations as violations
 from sartor.solvers.box_ddp import BoxDDP as BoxDDP
 from sartor.solvers.sqp import SQP as SQP
 from sartor.train import fit as fit
+from sartor.tune import tune as tune
+from sartor.tuning import Descent as Descent
+from sartor.tuning import GaussNewton as GaussNewton
+from sartor.tuning import Objective as Objective

@@ -29,13 +29,22 @@ from rich.table import Table
 from rich.text import Text
 
 from sartor import tailoring
-from sartor.experiments import closed_loop, imitation, imitation_lqr, panda, solver_cost, unrealisable
+from sartor.experiments import (
+    closed_loop,
+    imitation,
+    imitation_lqr,
+    panda,
+    quadcopter_tuning,
+    solver_cost,
+    unrealisable,
+)
 
 _EXPERIMENTS = {
     "panda": "Tailor a Panda's dynamics model to its tracking task, under several weightings (six to ten minutes).",
     "imitation": "Learn cost and dynamics of a pendulum's and a cart-pole's MPC from its plans, by five methods.",
     "imitation-lqr": "Learn a linear model by imitation: where gradients get stuck, and what does not.",
     "unrealisable": "Imitate an expert whose dynamics no learner can have: identification against imitation.",
+    "quadcopter-tuning": "Tune a quadcopter's MPC in closed loop, on a plant that its model gets wrong.",
     "solver-cost": "Time and memory of a derivative: implicit against through all iterations, and mpc.pytorch.",
     "pendulum": "Swing-up of a pendulum with a weak motor, in closed loop.",
     "cartpole": "Swing-up of a pole on a cart, in closed loop.",
@@ -53,6 +62,10 @@ Experiment = (
     | Annotated[imitation.Config, tyro.conf.subcommand("imitation", description=_EXPERIMENTS["imitation"])]
     | Annotated[imitation_lqr.Config, tyro.conf.subcommand("imitation-lqr", description=_EXPERIMENTS["imitation-lqr"])]
     | Annotated[unrealisable.Config, tyro.conf.subcommand("unrealisable", description=_EXPERIMENTS["unrealisable"])]
+    | Annotated[
+        quadcopter_tuning.Config,
+        tyro.conf.subcommand("quadcopter-tuning", description=_EXPERIMENTS["quadcopter-tuning"]),
+    ]
     | Annotated[solver_cost.Config, tyro.conf.subcommand("solver-cost", description=_EXPERIMENTS["solver-cost"])]
     | Annotated[closed_loop.Config, _closed_loop("pendulum")]
     | Annotated[closed_loop.Config, _closed_loop("cartpole")]
@@ -61,7 +74,7 @@ Experiment = (
 
 _OF_FOLDERS = {
     "panda": panda, "imitation": imitation, "imitation-lqr": imitation_lqr, "unrealisable": unrealisable,
-    "solver-cost": solver_cost,
+    "quadcopter-tuning": quadcopter_tuning, "solver-cost": solver_cost,
 }  # fmt: skip
 """Experiments with a page as their report, by name."""
 
@@ -288,9 +301,10 @@ def _report(folder: Path, console: Console) -> None:
 
 def _report_of(config: Any) -> Any:
     """What is shown of an experiment. Imported here: matplotlib and pyarrow take a second that most commands save."""
-    from sartor import report_imitation, report_panda
+    from sartor import report_imitation, report_panda, report_tuning
 
-    reports = {report.experiment: report for report in (report_panda.REPORT, *report_imitation.REPORTS)}
+    all_reports = (report_panda.REPORT, *report_imitation.REPORTS, report_tuning.REPORT)
+    reports = {report.experiment: report for report in all_reports}
     if isinstance(config, closed_loop.Config):
         raise ValueError("a closed loop has a figure, but no tables for a text: leave its folder out of --markdown.")
     return reports[config.experiment]

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, PyTree
 
 from sartor import descent
 from sartor.descent import Learned, Learning, Monitor, Optimiser
+from sartor.parameters import Where, selected
 from sartor.problem import Problem, rollout
 from sartor.solution import Solution
 from sartor.solution import guess as make_guess
@@ -28,8 +29,6 @@ from sartor.solve import solve
 from sartor.solvers.base import AbstractSolver
 from sartor.solvers.sqp import SQP
 
-Where = Callable[[PyTree], Any]
-"""where(theta) -> a leaf or several, as `equinox.tree_at` takes it."""
 _DEFAULT = Learning()
 _PUBLISHED = optax.rmsprop(1e-2, decay=0.5)  # one object: a new one would compile anew
 
@@ -266,15 +265,7 @@ def _as_guess(sol: Solution) -> Solution:
 
 def _groups(theta: PyTree, learn: Where | Sequence[Where] | None) -> list[PyTree]:
     """Which leaves learn, as trees of bools, one for each group."""
-    if learn is None:
-        return [descent.every(theta)]
-    none, groups = jax.tree.map(lambda _: False, theta), []
-    for where in learn if isinstance(learn, Sequence) else [learn]:
-        chosen = jax.tree.leaves(where(theta))
-        if not chosen or not all(map(eqx.is_inexact_array, chosen)):
-            raise ValueError("learn must name floating-point leaves of theta, as lambda theta: (theta.m, theta.l).")
-        groups.append(eqx.tree_at(where, none, replace_fn=lambda part: jax.tree.map(lambda _: True, part)))
-    return groups
+    return [selected(theta, where) for where in (learn if isinstance(learn, Sequence) else [learn])]
 
 
 def _check(name: str, problem: Problem, data: Demonstrations, states: float) -> None:

@@ -4,6 +4,7 @@ positive:  value = exp(raw)                                    a step of 0.01 in
 bounded:   value = low + (high - low) σ(raw),  σ(raw) = 1/(1 + e^-raw)
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -11,6 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
+
+Where = Callable[[PyTree], Any]
+"""where(theta) -> a leaf or several, as `equinox.tree_at` takes it."""
 
 
 class Positive(eqx.Module):
@@ -85,6 +89,17 @@ def values(theta: PyTree) -> PyTree:
     """
     wrapped = lambda leaf: isinstance(leaf, Positive | Bounded)
     return jax.tree.map(lambda leaf: leaf.value if wrapped(leaf) else leaf, theta, is_leaf=wrapped)
+
+
+def selected(theta: PyTree, where: Where | None) -> PyTree:
+    """Which leaves learn, as a tree of bools; all floating-point arrays without `where`."""
+    if where is None:
+        return jax.tree.map(eqx.is_inexact_array, theta)
+    chosen = jax.tree.leaves(where(theta))
+    if not chosen or not all(map(eqx.is_inexact_array, chosen)):
+        raise ValueError("learn must name floating-point leaves of theta, as lambda theta: (theta.m, theta.l).")
+    none = jax.tree.map(lambda _: False, theta)
+    return eqx.tree_at(where, none, replace_fn=lambda part: jax.tree.map(lambda _: True, part))
 
 
 def _floating(value: Any) -> Array:

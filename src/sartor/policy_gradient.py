@@ -28,6 +28,7 @@ from sartor.kkt import Point
 from sartor.mpc import MPC
 from sartor.sensitivity import Direction, Linearisation, first_control_adjoint, linearise, right_hand_side, sanitised
 from sartor.solution import Solution
+from sartor.solvers.base import group_size
 
 Build = Callable[[PyTree], MPC]
 """build(theta) -> the controller with these parameters."""
@@ -73,20 +74,30 @@ def roll_out(plant: Callable, controller: MPC, x0: Float[Array, " nx"], num_step
     return Rollout(jnp.concatenate([xs, x[None]]), us, sols, jnp.sum(~sols.successful))
 
 
-def feedback(controller: MPC, rollout: Rollout) -> Feedback:
-    """Derivatives of model and policy along a rollout, all control steps in one batch."""
+def feedback(controller: MPC, rollout: Rollout, model: Callable | None = None) -> Feedback:
+    """Derivatives of model and policy along a rollout, all control steps in one batch.
+
+    Args:
+        controller: The policy.
+        rollout: A closed loop with it.
+        model: model(x, u, k) -> x_next, to stand in for the plant; the controller's own dynamics unless given.
+    """
     problem = controller.problem
 
-    def at(k, x, u, sol):
+    def at(stage):
+        k, x, u, sol = stage
         theta = controller.theta_of(k)
         lin = linearise(problem, theta, sol)
         regular = lin.regular & sol.successful
         adjoint = jax.tree.map(lambda leaf: jnp.where(regular, leaf, 0.0), first_control_adjoint(lin))
-        step = lambda x, u: problem.dynamics(x, u, jnp.asarray(0), theta)
-        A, B = jax.jacfwd(step, (0, 1))(x, u)
+        own = lambda x, u, k: problem.dynamics(x, u, jnp.asarray(0), theta)
+        A, B = jax.jacfwd(own if model is None else model, (0, 1))(x, u, k)
         return Feedback(A, B, -adjoint.lams[:, 0], adjoint, lin, regular)
 
-    return jax.vmap(at)(jnp.arange(rollout.us.shape[0]), rollout.xs[:-1], rollout.us, rollout.sols)
+    T = rollout.us.shape[0]
+    # In groups: what is refined then takes as many rounds as the worst of its group needs, not the worst of all.
+    group = max(n for n in range(1, min(T, 2 * group_size()) + 1) if T % n == 0)
+    return jax.lax.map(at, (jnp.arange(T), rollout.xs[:-1], rollout.us, rollout.sols), batch_size=group)
 
 
 def cost_gradient(
@@ -110,36 +121,45 @@ def cost_gradient(
 
     _, vs = jax.lax.scan(back, by_x[-1], (along.A, along.B, along.K, by_x[:-1], by_u), reverse=True)
     weighted = jax.tree.map(lambda rows: jnp.einsum("tu,tu...->t...", vs, rows), along.adjoint)
-    return jax.grad(lambda theta: jnp.sum(_pulled(build(theta), rollout, along, weighted)))(theta)
+    pulled = jax.vmap(_pulled, (None, 0, 0, 0, 0))
+    stages = (jnp.arange(vs.shape[0]), rollout.sols, along.lin, weighted)
+    return jax.grad(lambda theta: jnp.sum(pulled(build(theta), *stages)))(theta)
 
 
-def sensitivities(build: Build, theta: PyTree, rollout: Rollout, along: Feedback) -> tuple[Array, Array]:
-    """dx_t/dθ (T+1, nx, n) and du_t/dθ (T, nu, n) for θ as one vector, with the model in place of the plant.
-
-    For few parameters: as many columns are carried along.
-    """
+def policy_jacobian(build: Build, theta: PyTree, rollout: Rollout, along: Feedback) -> Float[Array, "T nu n"]:
+    """∂π/∂θ at every control step, for θ as one vector: as many gradients as there are controls."""
     flat, unravel = ravel_pytree(theta)
-    one = lambda rows: jax.jacrev(lambda flat: _pulled(build(unravel(flat)), rollout, along, rows))(flat)
-    direct = jax.vmap(one, in_axes=1, out_axes=1)(along.adjoint)
+
+    def at(k, sol, lin, rows):
+        one = lambda row: jax.grad(lambda flat: _pulled(build(unravel(flat)), k, sol, lin, row))(flat)
+        return jax.vmap(one)(rows)
+
+    return jax.vmap(at)(jnp.arange(rollout.us.shape[0]), rollout.sols, along.lin, along.adjoint)
+
+
+def sensitivities(A: Array, B: Array, K: Array, direct: Array) -> tuple[Array, Array]:
+    """dx_t/dθ (T+1, nx, n) and du_t/dθ (T, nu, n), with the model in place of the plant; n columns are carried along.
+
+    Args:
+        A: ∂f/∂x, (T, nx, nx).
+        B: ∂f/∂u, (T, nx, nu).
+        K: ∂π/∂x, (T, nu, nx).
+        direct: ∂π/∂θ, (T, nu, n).
+    """
 
     def ahead(X, at):
         A, B, K, direct = at
         U = K @ X + direct
         return A @ X + B @ U, (X, U)
 
-    start = jnp.zeros((rollout.xs.shape[1], flat.size), flat.dtype)
-    last, (Xs, Us) = jax.lax.scan(ahead, start, (along.A, along.B, along.K, direct))
+    start = jnp.zeros((A.shape[1], direct.shape[2]), direct.dtype)
+    last, (Xs, Us) = jax.lax.scan(ahead, start, (A, B, K, direct))
     return jnp.concatenate([Xs, last[None]]), Us
 
 
-def _pulled(controller: MPC, rollout: Rollout, along: Feedback, rows: Direction) -> Float[Array, " T"]:
-    """At every control step, rows of the inverse KKT matrix times the residual: its derivative in θ is that of π."""
-    problem = controller.problem
-
-    def at(k, sol, lin, row):
-        sol = sanitised(sol)
-        point = Point(sol.us, sol.xs, sol.lams, sol.mus, sol.slacks)
-        b = right_hand_side(lin, kkt.residual(problem, controller.theta_of(k), sol.xs[0], point, sol.tau))
-        return jnp.vdot(ravel_pytree(row)[0], ravel_pytree(b)[0])
-
-    return jax.vmap(at)(jnp.arange(rollout.us.shape[0]), rollout.sols, along.lin, rows)
+def _pulled(controller: MPC, k: Array, sol: Solution, lin: Linearisation, row: Direction) -> Float[Array, ""]:
+    """A row of the inverse KKT matrix times the residual: its derivative in θ is that of the control."""
+    sol = sanitised(sol)
+    point = Point(sol.us, sol.xs, sol.lams, sol.mus, sol.slacks)
+    b = right_hand_side(lin, kkt.residual(controller.problem, controller.theta_of(k), sol.xs[0], point, sol.tau))
+    return jnp.vdot(ravel_pytree(row)[0], ravel_pytree(b)[0])

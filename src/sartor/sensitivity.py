@@ -110,7 +110,7 @@ def apply(lin: Linearisation, d: Direction) -> Direction:
 
 
 def solve_linearised(lin: Linearisation, rhs: Direction) -> Direction:
-    """Solve (D7) by the factorisation at hand, with three steps of iterative refinement.
+    """Solve (D7) by the factorisation at hand, with up to three steps of iterative refinement.
 
     Gradients: linear in `rhs` and, through `apply`, right in the matrix too.
     Fails: NaN where `lin.regular` is False and `rhs` is not zero. A zero right-hand side gives zero, so that a failed
@@ -283,11 +283,16 @@ def _active_rows(problem: Problem, h: Rows, sol: Solution) -> tuple[Rows, Rows, 
 
 
 def _refined_solve(lin: Linearisation, b: Direction) -> Direction:
-    def refine(d, _):
-        rest = jax.tree.map(jnp.subtract, b, apply(lin, d))
-        return jax.tree.map(jnp.add, d, _approximate_inverse(lin, rest)), None
+    largest = lambda tree: jnp.max(jnp.stack([jnp.max(jnp.abs(leaf), initial=0.0) for leaf in jax.tree.leaves(tree)]))
+    enough = 100 * jnp.finfo(b.us.dtype).eps * largest(b)
 
-    return jax.lax.scan(refine, jax.tree.map(jnp.zeros_like, b), length=4)[0]
+    def refine(state):
+        d, rest, count = state
+        d = jax.tree.map(jnp.add, d, _approximate_inverse(lin, rest))
+        return d, jax.tree.map(jnp.subtract, b, apply(lin, d)), count + 1
+
+    start = jax.tree.map(jnp.zeros_like, b), b, 0
+    return jax.lax.while_loop(lambda state: (state[2] < 4) & (largest(state[1]) > enough), refine, start)[0]
 
 
 def _approximate_inverse(lin: Linearisation, b: Direction) -> Direction:
@@ -307,6 +312,7 @@ def _independent_rows(lin: Linearisation) -> Bool[Array, ""]:
     generic = lambda row: jnp.cos(1.7 * jnp.arange(1, row.size + 1, dtype=lin.lq.q.dtype)).reshape(row.shape)
     nothing = jnp.zeros_like(lin.lq.q)
     b = Direction(jnp.zeros_like(lin.lq.r), nothing, nothing, jax.tree.map(generic, lin.active))
+    lin = jax.lax.stop_gradient(lin)  # a choice
     rest = jax.tree.map(jnp.subtract, b, apply(lin, _refined_solve(lin, b)))
     worst = jnp.max(jnp.stack([jnp.max(jnp.abs(leaf), initial=0.0) for leaf in jax.tree.leaves(rest)]))
     return worst < 100 * float(jnp.finfo(worst.dtype).eps) ** 0.5

@@ -59,7 +59,7 @@ _STEPS_OF_PATIENCE = 15
 _DAMPINGS = (1.0, 1e-2)  # of Levenberg and Marquardt, in turns: each gets stuck where the other does not
 _SPREAD = 0.5  # of the starts behind the first, in the free numbers: factors of e^±0.5 of positive parameters
 _EXACT = 1e-10  # a validation loss that other starts need not better
-_POINTS = 300  # of a curve that is kept
+_POINTS = 100  # of a curve that is kept, the closer together the earlier
 _RMSPROP, _ADAM = optax.rmsprop(1e-2, decay=0.5), optax.adam(1e-4)
 
 
@@ -144,12 +144,11 @@ def learn(output: Path, trial: Trial, config: Config, monitor: Any) -> None:
     begun = time.perf_counter()
     how = _network if trial.method == "nn" else _parameters
     losses, curve, found = how(output, here, trial, config, (training, validation, test), monitor)
-    every = max(1, len(curve.train) // _POINTS)
-    epochs = np.arange(0, len(curve.train), every)
+    epochs = np.unique(np.geomspace(1, len(curve.train), _POINTS).astype(int)) - 1
     content = {
         **trial._asdict(), "time": time.perf_counter() - begun, "epochs": len(curve.train), **found,
         "failed": int(curve.failed.sum()), "epoch": (1 + epochs).tolist(),
-        **{f"{name}_curve": getattr(curve, name)[epochs].tolist() for name in ("train", "validation")},
+        **{f"{k}_curve": [float(f"{v:.6g}") for v in getattr(curve, k)[epochs]] for k in ("train", "validation")},
         **losses,
     }  # fmt: skip
     write_json(output, content)

@@ -6,9 +6,11 @@ next. Progress comes back through a queue.
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -146,4 +148,16 @@ def _do(job: Job) -> None:
             last = time.monotonic()
             _queue.put((str(job.output), done / total))
 
-    job.run(job.output, *job.args, monitor=monitor)
+    try:
+        job.run(job.output, *job.args, monitor=monitor)
+    except Exception as error:
+        raise _portable(error) from None
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or if it would not arrive in the parent, as some of JAX's, its words."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError("".join(traceback.format_exception(error)))
+    return error

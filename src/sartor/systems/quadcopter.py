@@ -86,7 +86,8 @@ def plant_step(x: State, u: Control, k: Any = 0) -> State:
 
 def linearised() -> tuple[np.ndarray, np.ndarray]:
     """A and B of the true system at the goal."""
-    A, B = jax.jacfwd(plant_step, (0, 1))(jnp.asarray(GOAL), jnp.full(4, HOVER))
+    with jax.ensure_compile_time_eval():  # numbers, also where a caller is being traced
+        A, B = jax.jacfwd(plant_step, (0, 1))(jnp.asarray(GOAL), jnp.full(4, HOVER))
     return np.asarray(A), np.asarray(B)
 
 
@@ -110,18 +111,26 @@ def problem(horizon: int = HORIZON) -> Problem:
     )  # fmt: skip
 
 
+def stage_cost(x: State, u: Control) -> Scalar:
+    """|x - x_ref|²_Q + |u - u_ref|²_R of the closed loop."""
+    error = x - jnp.asarray(GOAL, x.dtype)
+    return jnp.sum(jnp.asarray(STATE_WEIGHTS, x.dtype) * error**2) + CONTROL_WEIGHT * jnp.sum((u - HOVER) ** 2)
+
+
+def final_cost(x: State, P: Float[Array, "12 12"]) -> Scalar:
+    """|x - x_ref|²_P."""
+    error = x - jnp.asarray(GOAL, x.dtype)
+    return error @ P @ error
+
+
 def closed_loop_cost(xs: Float[Array, "T_plus_1 12"], us: Float[Array, "T 4"], P: Float[Array, "12 12"]) -> Scalar:
     """Σ_t |x_t - x_ref|²_Q + |u_t - u_ref|²_R + |x_T - x_ref|²_P."""
-    errors = xs - jnp.asarray(GOAL, xs.dtype)
-    running = jnp.sum(jnp.asarray(STATE_WEIGHTS, xs.dtype) * errors[:-1] ** 2) + CONTROL_WEIGHT * jnp.sum(
-        (us - HOVER) ** 2
-    )
-    return running + errors[-1] @ P @ errors[-1]
+    return jnp.sum(jax.vmap(stage_cost)(xs[:-1], us)) + final_cost(xs[-1], P)
 
 
 def closed_loop_rows(xs: Float[Array, "T_plus_1 12"], us: Float[Array, "T 4"]) -> Float[Array, "T_plus_1 18"]:
     """|v|, angles and |w| within `LIMITS` at every instant, where ≤ 0."""
-    return jax.vmap(_state_rows)(xs)
+    return jax.vmap(rows)(xs)
 
 
 def _model(x: State, u: Control, k: Any, theta: Theta) -> State:
@@ -142,13 +151,14 @@ def _terminal_cost(x: State, theta: Theta) -> Scalar:
 
 def _rows(x: State, u: Control, k: Any, theta: Theta) -> Float[Array, "18"]:
     """At stages k ≥ 1: the state of now cannot be changed."""
-    return jnp.where(k > 0, _state_rows(x), -1.0)
+    return jnp.where(k > 0, rows(x), -1.0)
 
 
 def _final_rows(x: State, theta: Theta) -> Float[Array, "18"]:
-    return _state_rows(x)
+    return rows(x)
 
 
-def _state_rows(x: State) -> Float[Array, "18"]:
+def rows(x: State) -> Float[Array, "18"]:
+    """|v|, angles and |w| within `LIMITS`, where ≤ 0."""
     limits = jnp.asarray(LIMITS, x.dtype)
     return jnp.concatenate([x[3:] - limits, -x[3:] - limits])

@@ -1,0 +1,371 @@
+"""Tuning an MPC in closed loop, on a plant that its model gets wrong: any leaves of θ, and the plant is only run.
+
+    min over θ:  F(θ) = C(x, u) + penalty · Σ max(h(x, u), 0),   x_{t+1} = plant(x_t, u_t),   u_t = π(x_t, θ)      (D21)
+
+An iteration runs the plant at a candidate for θ, which is taken or refused, and with most estimators once more nearby.
+The derivatives are the model's at the states of the plant (D20). From the rollouts that have been paid for, ridge
+regression tells by how much the Jacobians of the model are wrong.
+
+References: Zuliani, Balta, Lygeros, Policy Optimization for Unknown Systems using Differentiable MPC, 2026; the same,
+Policy Optimization with Differentiable MPC: Convergence Analysis under Uncertainty, 2026 (re-identification).
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import io_callback
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PyTree
+
+from sartor.files import load_tree, save_tree
+from sartor.mpc import MPC
+from sartor.parameters import Where, selected, values
+from sartor.policy_gradient import Rollout, feedback, roll_out
+from sartor.tuning import AbstractMethod, Change, GaussNewton, Now, Objective, Score
+
+Monitor = Callable[[int, int], None]
+_SAVE_EVERY = 10.0  # [s]
+
+
+class Curve(NamedTuple):
+    """One entry for each iteration; with several seeds, a leading axis."""
+
+    merit: Any
+    """F at the candidate."""
+    cost: Any
+    """C at the candidate."""
+    violation: Any
+    """Σ max(h, 0) at the candidate."""
+    taken: Any
+    """Whether it took the place of θ."""
+    failed: Any
+    """Control steps whose solve failed."""
+    rollouts: Any
+    """Runs of the plant up to here, those nearby included."""
+
+
+class Tuned(NamedTuple):
+    """What came out."""
+
+    theta: PyTree
+    """Of the lowest merit."""
+    last: PyTree
+    """Of the last candidate that was taken."""
+    curve: Curve
+
+
+def tune(
+    controller: MPC,
+    plant: Callable,
+    objective: Objective,
+    x0: Float[Array, " nx"],
+    num_steps: int,
+    method: AbstractMethod | None = None,
+    *,
+    iterations: int = 100,
+    learn: Where | None = None,
+    model: Callable | None = None,
+    ridge: float = 0.0,
+    project: Callable | None = None,
+    refit: Callable | None = None,
+    outside: bool = False,
+    seed: int | Sequence[int] = 0,
+    checkpoint: Path | None = None,
+    monitor: Monitor | None = None,
+    after_iteration: Callable[[int, PyTree], None] | None = None,
+) -> Tuned:
+    """Tune leaves of θ such that the closed loop on a plant has a low cost and keeps its limits (D21).
+
+    Args:
+        controller: The MPC with θ to begin with; what must stay positive or within bounds is written as
+            `positive(...)`, `bounded(...)`.
+        plant: plant(x, u, k) -> x_next, only run, never differentiated. In JAX; or any function, with `outside`.
+        objective: C, h and the penalty.
+        x0: Initial state of every rollout, (nx,).
+        num_steps: Control steps T of a rollout.
+        method: How; `GaussNewton()` unless given.
+        iterations: How many; one or two rollouts each.
+        learn: The leaves that are tuned, as `lambda theta: (theta.Q, theta.R)`; by default all that are floating-point.
+        model: model(x, u, k) -> x_next in JAX, whose Jacobians stand in for the plant's; the controller's own dynamics,
+            as they are at first, unless given.
+        ridge: Strength of the ridge regression that corrects these Jacobians by what the rollouts have shown, relative
+            to the spread of states and controls; 0: no correction.
+        project: project(theta) -> the nearest θ that is allowed, as a clip to a box.
+        refit: refit(theta, change) -> θ with a model that has been corrected by `change.A`, `change.B`; needs `ridge`.
+            Of the theta that it is given, what is not tuned is as it was at first, and so is what the change refers to.
+        outside: The plant is not written in JAX: it is called with NumPy arrays, in order; at k = 0 it begins at `x0`.
+        seed: Of the random directions; several seeds are computed in one batch, and results have a leading axis.
+        checkpoint: File that keeps the state; if it exists, tuning goes on from there, to the same result.
+        monitor: monitor(done, total), called after every iteration.
+        after_iteration: after_iteration(k, theta), likewise, with the last θ that was taken; k counts from 1.
+
+    Returns: θ with the lowest merit seen, in the form of `controller.theta`, the last one taken, and the curve. Where a
+        candidate's rollout is not finite, it is refused, and `curve.merit` is infinite.
+    Fails: `ValueError` for wrong input, `FloatingPointError` if the first rollout is not finite.
+    """
+    _check(controller, objective, x0, num_steps, iterations, ridge, refit, outside, seed)
+    theta = jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, float) else leaf, controller.theta)
+    x0 = jnp.asarray(x0, jnp.result_type(float))
+    loop = _Loop(
+        controller, x0, objective, GaussNewton() if method is None else method, selected(theta, learn), num_steps,
+        _called(plant, x0) if outside else plant, model, ridge, project, refit,
+    )  # fmt: skip
+    seeds, several = np.asarray(seed), np.ndim(seed) > 0
+    state = _begin(loop, theta)
+    state = jax.tree.map(lambda leaf: jnp.stack([leaf] * seeds.size), state) if several else state
+    curve = Curve(*(np.full((*seeds.shape, iterations), np.nan) for _ in Curve._fields))
+    mark = _fingerprint(loop, theta, iterations, seed)
+    done, state, curve = _resume(checkpoint, mark, (np.asarray(0), state, curve))
+    curve, saved = jax.tree.map(np.array, curve), time.monotonic()
+    for k in range(int(done), iterations):
+        state, row = _iterate(loop, state, jnp.asarray(k), jnp.asarray(seeds), several)
+        for column, entry in zip(curve, row, strict=True):
+            column[..., k] = entry
+        if k == 0 and not np.isfinite(np.asarray(row.merit)).all():
+            raise FloatingPointError("the first rollout of the plant is not finite: begin with θ that stabilises it.")
+        if monitor is not None:
+            monitor(k + 1, iterations)
+        if after_iteration is not None:
+            after_iteration(k + 1, state.theta)
+        if checkpoint is not None and (time.monotonic() - saved > _SAVE_EVERY or k + 1 == iterations):
+            save_tree(checkpoint, (mark, (np.asarray(k + 1), state, curve)))
+            saved = time.monotonic()
+    return Tuned(state.best, state.theta, curve)
+
+
+class _Sums(NamedTuple):
+    """Over all transitions: of z = (x, u, 1) and of what the model gets wrong, e."""
+
+    zz: Array
+    ze: Array
+
+
+class _State(NamedTuple):
+    """Between two iterations."""
+
+    theta: PyTree
+    score: Score
+    local: Any
+    candidate: PyTree
+    best: PyTree
+    lowest: Array
+    memory: Any
+    sums: _Sums
+    rollouts: Array
+
+
+class _Loop(eqx.Module):
+    """What stays the same from one iteration to the next."""
+
+    controller: MPC
+    x0: Array
+    objective: Objective
+    method: AbstractMethod
+    free: PyTree  # which leaves of θ are tuned
+    num_steps: int = eqx.field(static=True)
+    plant: Callable
+    model: Callable | None
+    ridge: float = eqx.field(static=True)
+    project: Callable | None
+    refit: Callable | None
+
+    def build(self, theta: PyTree) -> MPC:
+        """The controller with parameters θ."""
+        return eqx.tree_at(lambda c: c.theta, self.controller, values(theta))
+
+    def surrogate(self, x: Array, u: Array, k: Any) -> Array:
+        """What stands in for the plant: the given model, or that of the controller as it was at first."""
+        if self.model is not None:
+            return self.model(x, u, k)
+        return self.controller.problem.dynamics(x, u, jnp.asarray(0), values(self.controller.theta_of(k)))
+
+    def flat(self, theta: PyTree) -> Array:
+        """What is tuned, as one vector."""
+        return ravel_pytree(eqx.filter(theta, self.free))[0]
+
+    def at(self, theta: PyTree, flat: Array) -> PyTree:
+        """θ with other numbers in what is tuned."""
+        free, fixed = eqx.partition(theta, self.free)
+        return eqx.combine(ravel_pytree(free)[1](flat), fixed)
+
+    def run(self, theta: PyTree) -> tuple[Rollout, Score]:
+        """The plant in closed loop; its merit is infinite where it, or a state, is not finite."""
+        rollout = roll_out(self.plant, self.build(theta), self.x0, self.num_steps)
+        at = rollout.xs, rollout.us
+        score = Score(self.objective.merit(*at), self.objective.cost(*at), self.objective.excess(*at), rollout.failed)
+        fine = jnp.all(jnp.isfinite(rollout.xs)) & jnp.isfinite(score.merit)
+        return rollout, score._replace(merit=jnp.where(fine, score.merit, jnp.inf))
+
+
+def _begin(loop: _Loop, theta: PyTree) -> _State:
+    """Before the first iteration: θ is a candidate."""
+    flat, x0 = loop.flat(theta), loop.x0
+    size = x0.size + loop.controller.problem.nu + 1
+    sums = _Sums(jnp.zeros((size, size), x0.dtype), jnp.zeros((size, x0.size), x0.dtype))
+    infinite, nothing = jnp.asarray(jnp.inf, x0.dtype), jnp.zeros((), x0.dtype)
+    score = Score(infinite, nothing, nothing, jnp.asarray(0))
+    state = _State(theta, score, None, theta, theta, infinite, loop.method.init(flat), sums, jnp.asarray(0))
+    # The first θ is always taken, so that what is known of it has to have the right form only.
+    rollout, _ = eqx.filter_eval_shape(loop.run, theta)
+    local = eqx.filter_eval_shape(_known, loop, state, rollout, _change(sums, loop.ridge, x0.size))
+    return state._replace(local=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), local))
+
+
+def _iterate(loop: _Loop, state: _State, k: Array, seeds: Array, several: bool) -> tuple[_State, Curve]:
+    """Run the candidate, take or refuse it, run nearby if the method asks for it, and step. The pieces are compiled one
+    by one, so that both runs are the same code, and nothing is differentiated where nothing is new."""
+    rollout, found = _over(several, _Loop.run, loop, state.candidate)
+    state, taken, change = _over(several, _take, loop, state, rollout, found)
+    if np.any(taken):
+        state = _over(several, _look, loop, state, rollout, change, taken)
+    v, slope, count = _over(several, _direction, loop, state, k, seeds), jnp.zeros_like(found.merit), 1
+    nearby = loop.method.perturbation(v)
+    if nearby is not None:
+        _, there = _over(several, _Loop.run, loop, _over(several, _move, loop, state, nearby))
+        slope, count = loop.method.slope(state.score.merit, there.merit), 2
+    state = _over(several, _step, loop, state, found, taken, k, v, slope, change)
+    state = state._replace(rollouts=state.rollouts + count)
+    return state, Curve(found.merit, found.cost, found.violation, taken, found.failed, state.rollouts)
+
+
+@eqx.filter_jit
+def _over(several: bool, fn: Callable, loop: _Loop, *args: Any) -> Any:
+    """fn(loop, *args), for all seeds at once if there are several; k is the same for all."""
+    if not several:
+        return fn(loop, *args)
+    axes = [None if isinstance(arg, Array) and arg.ndim == 0 else 0 for arg in args]
+    return jax.vmap(lambda *args: fn(loop, *args), axes)(*args)
+
+
+def _take(loop: _Loop, state: _State, rollout: Rollout, found: Score) -> tuple[_State, Array, Change]:
+    """θ is the candidate, or stays; what the rollout has shown is kept in any case."""
+    taken = loop.method.takes(state.score, found) & jnp.isfinite(found.merit)
+    sums = _add(state.sums, loop, rollout, jnp.isfinite(found.merit))
+    theta, score = _where(taken, (state.candidate, found), (state.theta, state.score))
+    best = _where(found.merit < state.lowest, state.candidate, state.best)
+    lowest = jnp.minimum(found.merit, state.lowest)
+    state = state._replace(theta=theta, score=score, best=best, lowest=lowest, sums=sums)
+    return state, taken, _change(sums, loop.ridge, loop.x0.size)
+
+
+def _look(loop: _Loop, state: _State, rollout: Rollout, change: Change, taken: Array) -> _State:
+    """What is known of a new θ."""
+    return state._replace(local=_where(taken, _known(loop, state, rollout, change), state.local))
+
+
+def _known(loop: _Loop, state: _State, rollout: Rollout, change: Change) -> Any:
+    along = feedback(loop.build(state.theta), rollout, loop.surrogate)
+    build = lambda flat: loop.build(loop.at(state.theta, flat))
+    return loop.method.look(loop.objective, loop.flat(state.theta), build, rollout, along, change)
+
+
+def _direction(loop: _Loop, state: _State, k: Array, seed: Array) -> Array:
+    """Uniform on the sphere."""
+    flat = loop.flat(state.theta)
+    v = jax.random.normal(jax.random.fold_in(jax.random.key(seed), k), flat.shape, flat.dtype)
+    return v / jnp.linalg.norm(v)
+
+
+def _move(loop: _Loop, state: _State, by: Array) -> PyTree:
+    """θ somewhere else."""
+    return loop.at(state.theta, loop.flat(state.theta) + by)
+
+
+def _step(
+    loop: _Loop, state: _State, found: Score, taken: Array, k: Array, v: Array, slope: Array, change: Change
+) -> _State:
+    """The next candidate. If the run nearby was not finite, nor is the step: θ is run again."""
+    now = Now(k, loop.flat(state.theta), state.local, state.score, found, taken, v, slope, change)
+    step, memory = loop.method.step(loop.objective, now, state.memory)
+    usable = jnp.all(jnp.isfinite(step))
+    flat = now.flat + jnp.where(usable, step, 0.0)
+    candidate = loop.at(state.theta, flat)
+    if loop.refit is not None:
+        candidate = loop.refit(loop.at(loop.controller.theta, flat), change)
+    candidate = candidate if loop.project is None else loop.project(candidate)
+    return state._replace(candidate=candidate, memory=_where(usable, memory, state.memory))
+
+
+def _where(condition: Array, yes: Any, no: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+def _add(sums: _Sums, loop: _Loop, rollout: Rollout, fine: Array) -> _Sums:
+    """The transitions of one more rollout; none of one that is not finite."""
+    xs, us = jnp.where(fine, rollout.xs, 0.0), jnp.where(fine, rollout.us, 0.0)
+    errors = xs[1:] - jax.vmap(loop.surrogate)(xs[:-1], us, jnp.arange(us.shape[0]))
+    z = jnp.concatenate([xs[:-1], us, jnp.ones_like(us[:, :1])], 1)
+    weight = jnp.where(fine, 1.0, 0.0)
+    return _Sums(sums.zz + weight * z.T @ z, sums.ze + weight * z.T @ errors)
+
+
+def _change(sums: _Sums, ridge: float, nx: int) -> Change:
+    """Ridge regression of the model's errors on states and controls, each in units of its spread."""
+    zz, ze = sums
+    count = jnp.maximum(zz[-1, -1], 1.0)
+    mean = zz[:-1, -1] / count
+    spread = zz[:-1, :-1] / count - jnp.outer(mean, mean)
+    cross = ze[:-1] / count - jnp.outer(mean, ze[-1] / count)
+    size = jnp.sqrt(jnp.maximum(jnp.diagonal(spread), 0.0))
+    unit = jnp.where(size > 0, 1.0 / jnp.where(size > 0, size, 1.0), 0.0)
+    matrix = unit[:, None] * spread * unit + max(ridge, 1e-12) * jnp.eye(size.size, dtype=size.dtype)
+    slopes = unit[:, None] * jnp.linalg.solve(matrix, unit[:, None] * cross)
+    slopes = slopes if ridge > 0 else jnp.zeros_like(slopes)
+    return Change(slopes[:nx].T, slopes[nx:].T)
+
+
+def _called(plant: Callable, x0: Array) -> Callable:
+    """A function of NumPy arrays as a part of a compiled loop."""
+    like = jax.ShapeDtypeStruct(x0.shape, x0.dtype)
+
+    def call(x, u, k):
+        return np.asarray(plant(np.asarray(x), np.asarray(u), int(k)), x0.dtype).reshape(x0.shape)
+
+    return lambda x, u, k: io_callback(call, like, x, u, k, ordered=True)
+
+
+def _check(controller, objective, x0, num_steps, iterations, ridge, refit, outside, seed) -> None:
+    if not isinstance(controller, MPC):
+        raise ValueError(f"controller must be a sartor.MPC, not {type(controller).__name__}.")
+    if not isinstance(objective, Objective):
+        raise ValueError(f"objective must be a sartor.Objective, not {type(objective).__name__}.")
+    if np.ndim(x0) != 1 or not np.isfinite(np.asarray(x0)).all():
+        raise ValueError("x0 must be one finite state, (nx,).")
+    for name, number in (("num_steps", num_steps), ("iterations", iterations)):
+        if not number >= 1:
+            raise ValueError(f"{name} must be at least 1, not {number}.")
+    if not ridge >= 0:
+        raise ValueError(f"ridge must be at least 0, not {ridge}.")
+    if refit is not None and ridge == 0:
+        raise ValueError("refit needs what the rollouts have shown: give ridge, as 1e-3.")
+    if outside and np.ndim(seed):
+        raise ValueError("a plant outside of JAX runs once at a time: give one seed.")
+    if not objective.penalty > 0:
+        raise ValueError(f"objective.penalty must be positive, not {objective.penalty}.")
+
+
+def _fingerprint(loop: _Loop, theta: PyTree, iterations: int, seed: Any) -> np.ndarray:
+    """Of what the result depends on, functions of the user apart, which have no lasting name."""
+    settings = jax.tree.map(lambda leaf: leaf if eqx.is_array_like(leaf) else "", loop.method)
+    told = (repr(type(loop.method)), repr(settings), loop.num_steps, loop.ridge, iterations, np.asarray(seed).tolist())
+    digest = hashlib.sha256(repr(told).encode())
+    for leaf in jax.tree.leaves((theta, loop.controller, loop.x0)):
+        if eqx.is_array_like(leaf):
+            digest.update(np.asarray(leaf).tobytes())
+    return np.frombuffer(digest.digest(), np.uint8)
+
+
+def _resume(checkpoint: Path | None, mark: np.ndarray, begin: tuple) -> tuple:
+    if checkpoint is None or not checkpoint.exists():
+        return begin
+    stored_mark, stored = load_tree(checkpoint, (mark, begin))
+    if not np.array_equal(stored_mark, mark):
+        raise ValueError(f"{checkpoint} is of tuning something else, or with other settings: delete it.")
+    return stored
