@@ -1,5 +1,7 @@
 """The derivative of a closed loop, and tuning by it."""
 
+import importlib
+import types
 from typing import Any, NamedTuple
 
 import jax
@@ -7,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sartor import MPC, Problem, Softening, estimators
+from sartor import MPC, Descent, GaussNewton, Objective, Problem, Softening, estimators, tune
 from sartor.policy_gradient import cost_gradient, feedback, policy_jacobian, roll_out, sensitivities
 
 STEPS = 12
@@ -153,3 +155,159 @@ def test_the_hybrid_begins_with_the_model():
     np.testing.assert_array_equal(estimators.Hybrid(0.5)(0, BIASED, v, s, ())[0], BIASED)
     expected = 0.5 * BIASED + 0.5 * N * 2.0 * v
     np.testing.assert_allclose(estimators.Hybrid(0.5)(3, BIASED, v, s, ())[0], expected)
+
+
+# --- Tuning ----------------------------------------------------------------------------------------------------------
+
+WRONG = THETA._replace(mass=jnp.array(2.0))
+OBJECTIVE = Objective(
+    lambda xs, us: jnp.sum(xs**2) + 0.1 * jnp.sum(us**2), lambda xs, us: -0.7 - xs[:, 1], penalty=30.0
+)
+
+
+def plant(x, u, k):
+    return dynamics(x, u, k, THETA)
+
+
+def weights(theta):
+    return theta.weights, theta.terminal
+
+
+def tuned(method=None, iterations=12, theta=WRONG, **options):
+    options = {"learn": weights, **options}
+    return tune(MPC(PROBLEM, theta), plant, OBJECTIVE, X0, STEPS, method, iterations=iterations, **options)
+
+
+@pytest.fixture(scope="module")
+def newton():
+    return tuned(GaussNewton(), ridge=1e-2)
+
+
+def test_gauss_newton_lowers_the_merit_and_finds_the_limit(newton):
+    curve = newton.curve
+    assert curve.merit.min() < 0.8 * curve.merit[0] and curve.violation[0] > 0.01
+    assert curve.violation[np.argmin(curve.merit)] < 1e-3
+    np.testing.assert_array_equal(curve.rollouts, 1 + np.arange(12))
+    assert newton.theta.mass == 2.0  # what is not tuned stays
+
+
+def test_what_is_returned_is_what_was_measured(newton):
+    rollout = roll_out(plant, build(newton.theta), X0, STEPS)
+    assert float(OBJECTIVE.merit(rollout.xs, rollout.us)) == pytest.approx(newton.curve.merit.min(), rel=1e-9)
+
+
+def test_only_better_candidates_are_taken(newton):
+    taken = newton.curve.merit[newton.curve.taken > 0]
+    assert np.all(np.diff(taken) < 0) and newton.curve.taken.sum() < 12
+    last = roll_out(plant, build(newton.last), X0, STEPS)
+    assert float(OBJECTIVE.merit(last.xs, last.us)) == pytest.approx(taken[-1], rel=1e-9)
+
+
+def test_the_plant_is_never_differentiated(newton):
+    """A plant that has no derivative at all, outside of JAX, gives the same."""
+    compiled = jax.jit(plant)
+    numpy_plant = lambda x, u, k: np.asarray(compiled(jnp.asarray(x), jnp.asarray(u), k))
+    assert_same = np.testing.assert_allclose
+    found = tune(MPC(PROBLEM, WRONG), numpy_plant, OBJECTIVE, X0, STEPS, GaussNewton(), iterations=3, learn=weights,
+                 ridge=1e-2, outside=True)  # fmt: skip
+    assert_same(found.curve.merit, newton.curve.merit[:3], rtol=1e-6)
+
+
+def test_with_the_true_model_the_correction_is_nothing():
+    plain, corrected = (tuned(GaussNewton(), 4, THETA, ridge=ridge) for ridge in (0.0, 1e-2))
+    np.testing.assert_allclose(corrected.curve.merit, plain.curve.merit, rtol=1e-6)
+
+
+def test_ridge_regression_finds_what_the_model_gets_wrong():
+    """The mass enters linearly: after one rollout the Jacobian of the control is corrected."""
+    module = importlib.import_module("sartor.tune")
+    rollout = roll_out(plant, build(WRONG), X0, STEPS)
+    loop = types.SimpleNamespace(surrogate=lambda x, u, k: dynamics(x, u, k, WRONG))
+    sums = module._add(module._Sums(jnp.zeros((4, 4)), jnp.zeros((4, 2))), loop, rollout, jnp.asarray(True))
+    change = module._change(sums, 1e-8, 2)
+    np.testing.assert_allclose(change.B[1, 0], 0.2 / 1.1 - 0.1, rtol=1e-3)
+    np.testing.assert_allclose(change.A, 0.0, atol=1e-3)
+
+
+@pytest.mark.parametrize("estimator", [estimators.Model(), estimators.ControlVariate()], ids=["model", "two_rollouts"])
+def test_descent_lowers_the_merit(estimator):
+    curve = tuned(Descent(estimator, 3e-3), 12, seed=3).curve
+    assert curve.merit.min() < 0.97 * curve.merit[0]
+    assert curve.rollouts[-1] == (24 if estimator.perturbs else 12)
+
+
+def test_published_steps_are_all_taken():
+    curve = tuned(Descent(estimators.Hybrid(0.5), lambda k: 1e-3 / (k + 1.0), monotone=False), 6).curve
+    assert curve.taken.all()
+
+
+def test_seeds_in_one_batch_are_those_one_by_one():
+    method = Descent(estimators.Zeroth(), 1e-3)
+    both = tuned(method, 4, seed=[5, 6])
+    for i, seed in enumerate((5, 6)):
+        one = tuned(method, 4, seed=seed)
+        np.testing.assert_allclose(both.curve.merit[i], one.curve.merit, rtol=1e-5)
+        np.testing.assert_allclose(both.theta.weights[i], one.theta.weights, rtol=1e-5)
+
+
+def test_what_was_interrupted_goes_on_to_the_same_result(newton, tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop(k, theta):
+        if k == 5:
+            raise Stop
+
+    file = tmp_path / "state.npz"
+    module = importlib.import_module("sartor.tune")
+    saved, module._SAVE_EVERY = module._SAVE_EVERY, 0.0
+    try:
+        with pytest.raises(Stop):
+            tuned(GaussNewton(), ridge=1e-2, checkpoint=file, after_iteration=stop)
+    finally:
+        module._SAVE_EVERY = saved
+    ran = []
+    found = tuned(GaussNewton(), ridge=1e-2, checkpoint=file, monitor=lambda done, total: ran.append(done))
+    assert ran[0] == 5 and found.curve.merit.tolist() == newton.curve.merit.tolist()
+    with pytest.raises(ValueError, match="tuning something else"):
+        tuned(GaussNewton(), ridge=1e-3, checkpoint=file)
+
+
+def test_a_candidate_that_is_not_finite_is_refused_and_nothing_is_lost():
+    def breaks(x, u, k):  # wherever the first weight has grown, and so the cart has been fast
+        return jnp.where(x[1] < -0.95, jnp.nan, 1.0) * plant(x, u, k)
+
+    steep = Descent(estimators.Model(), 3.0)
+    found = tune(MPC(PROBLEM, WRONG), breaks, OBJECTIVE, X0, STEPS, steep, iterations=12, learn=weights)
+    refused = ~np.isfinite(found.curve.merit)
+    assert refused.any() and not found.curve.taken[refused].any()
+    assert np.isfinite(found.curve.merit.min()) and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found.last))
+    with pytest.raises(FloatingPointError, match="first rollout of the plant is not finite"):
+        tune(MPC(PROBLEM, WRONG), lambda x, u, k: x * jnp.nan, OBJECTIVE, X0, STEPS, steep, iterations=2, learn=weights)
+
+
+def test_projection_keeps_parameters_in_their_box():
+    box = lambda theta: theta._replace(weights=jnp.clip(theta.weights, 0.25, 1.02))
+    found = tuned(GaussNewton(), 6, project=box)
+    assert np.all(found.last.weights >= 0.25) and np.all(found.last.weights <= 1.02)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"controller": PROBLEM}, "controller must be a sartor.MPC"),
+        ({"objective": lambda xs, us: 0.0}, "objective must be a sartor.Objective"),
+        ({"objective": OBJECTIVE._replace(penalty=0.0)}, "penalty must be positive"),
+        ({"x0": np.full(2, np.nan)}, "x0 must be one finite state"),
+        ({"num_steps": 0}, "num_steps must be at least 1"),
+        ({"iterations": 0}, "iterations must be at least 1"),
+        ({"ridge": -1.0}, "ridge must be at least 0"),
+        ({"refit": lambda theta, change: theta}, "give ridge"),
+        ({"outside": True, "seed": [0, 1]}, "one seed"),
+        ({"learn": lambda theta: ()}, "learn must name"),
+    ],
+)
+def test_bad_input_is_refused(change, message):
+    given = dict(controller=MPC(PROBLEM, WRONG), plant=plant, objective=OBJECTIVE, x0=X0, num_steps=STEPS)
+    with pytest.raises(ValueError, match=message):
+        tune(**{**given, **change})

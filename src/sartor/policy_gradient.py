@@ -97,7 +97,10 @@ def feedback(controller: MPC, rollout: Rollout, model: Callable | None = None) -
     T = rollout.us.shape[0]
     # In groups: what is refined then takes as many rounds as the worst of its group needs, not the worst of all.
     group = max(n for n in range(1, min(T, 2 * group_size()) + 1) if T % n == 0)
-    return jax.lax.map(at, (jnp.arange(T), rollout.xs[:-1], rollout.us, rollout.sols), batch_size=group)
+    stages = (jnp.arange(T), rollout.xs[:-1], rollout.us, rollout.sols)
+    groups = jax.tree.map(lambda leaf: leaf.reshape(T // group, group, *leaf.shape[1:]), stages)
+    along = jax.lax.map(jax.vmap(at), groups)
+    return jax.tree.map(lambda leaf: leaf.reshape(T, *leaf.shape[2:]), along)
 
 
 def cost_gradient(

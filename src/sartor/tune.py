@@ -113,10 +113,9 @@ def tune(
     _check(controller, objective, x0, num_steps, iterations, ridge, refit, outside, seed)
     theta = jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, float) else leaf, controller.theta)
     x0 = jnp.asarray(x0, jnp.result_type(float))
-    loop = _Loop(
-        controller, x0, objective, GaussNewton() if method is None else method, selected(theta, learn), num_steps,
-        _called(plant, x0) if outside else plant, model, ridge, project, refit,
-    )  # fmt: skip
+    plant = _called(plant, x0) if outside else plant
+    bench = _Bench(controller, x0, objective, selected(theta, learn), num_steps, plant)
+    loop = _Loop(bench, GaussNewton() if method is None else method, model, ridge, project, refit)
     seeds, several = np.asarray(seed), np.ndim(seed) > 0
     state = _begin(loop, theta)
     state = jax.tree.map(lambda leaf: jnp.stack([leaf] * seeds.size), state) if several else state
@@ -161,30 +160,19 @@ class _State(NamedTuple):
     rollouts: Array
 
 
-class _Loop(eqx.Module):
-    """What stays the same from one iteration to the next."""
+class _Bench(eqx.Module):
+    """The plant and who drives it: all that a rollout depends on."""
 
     controller: MPC
     x0: Array
     objective: Objective
-    method: AbstractMethod
     free: PyTree  # which leaves of θ are tuned
     num_steps: int = eqx.field(static=True)
     plant: Callable
-    model: Callable | None
-    ridge: float = eqx.field(static=True)
-    project: Callable | None
-    refit: Callable | None
 
     def build(self, theta: PyTree) -> MPC:
         """The controller with parameters θ."""
         return eqx.tree_at(lambda c: c.theta, self.controller, values(theta))
-
-    def surrogate(self, x: Array, u: Array, k: Any) -> Array:
-        """What stands in for the plant: the given model, or that of the controller as it was at first."""
-        if self.model is not None:
-            return self.model(x, u, k)
-        return self.controller.problem.dynamics(x, u, jnp.asarray(0), values(self.controller.theta_of(k)))
 
     def flat(self, theta: PyTree) -> Array:
         """What is tuned, as one vector."""
@@ -204,16 +192,34 @@ class _Loop(eqx.Module):
         return rollout, score._replace(merit=jnp.where(fine, score.merit, jnp.inf))
 
 
+class _Loop(eqx.Module):
+    """What stays the same from one iteration to the next."""
+
+    bench: _Bench
+    method: AbstractMethod
+    model: Callable | None
+    ridge: float = eqx.field(static=True)
+    project: Callable | None
+    refit: Callable | None
+
+    def surrogate(self, x: Array, u: Array, k: Any) -> Array:
+        """What stands in for the plant: the given model, or that of the controller as it was at first."""
+        if self.model is not None:
+            return self.model(x, u, k)
+        first = self.bench.build(self.bench.controller.theta)
+        return first.problem.dynamics(x, u, jnp.asarray(0), first.theta_of(k))
+
+
 def _begin(loop: _Loop, theta: PyTree) -> _State:
     """Before the first iteration: θ is a candidate."""
-    flat, x0 = loop.flat(theta), loop.x0
-    size = x0.size + loop.controller.problem.nu + 1
+    flat, x0 = loop.bench.flat(theta), loop.bench.x0
+    size = x0.size + loop.bench.controller.problem.nu + 1
     sums = _Sums(jnp.zeros((size, size), x0.dtype), jnp.zeros((size, x0.size), x0.dtype))
     infinite, nothing = jnp.asarray(jnp.inf, x0.dtype), jnp.zeros((), x0.dtype)
     score = Score(infinite, nothing, nothing, jnp.asarray(0))
     state = _State(theta, score, None, theta, theta, infinite, loop.method.init(flat), sums, jnp.asarray(0))
     # The first θ is always taken, so that what is known of it has to have the right form only.
-    rollout, _ = eqx.filter_eval_shape(loop.run, theta)
+    rollout, _ = eqx.filter_eval_shape(loop.bench.run, theta)
     local = eqx.filter_eval_shape(_known, loop, state, rollout, _change(sums, loop.ridge, x0.size))
     return state._replace(local=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), local))
 
@@ -221,14 +227,14 @@ def _begin(loop: _Loop, theta: PyTree) -> _State:
 def _iterate(loop: _Loop, state: _State, k: Array, seeds: Array, several: bool) -> tuple[_State, Curve]:
     """Run the candidate, take or refuse it, run nearby if the method asks for it, and step. The pieces are compiled one
     by one, so that both runs are the same code, and nothing is differentiated where nothing is new."""
-    rollout, found = _over(several, _Loop.run, loop, state.candidate)
+    rollout, found = _over(several, _Bench.run, loop.bench, state.candidate)
     state, taken, change = _over(several, _take, loop, state, rollout, found)
     if np.any(taken):
         state = _over(several, _look, loop, state, rollout, change, taken)
     v, slope, count = _over(several, _direction, loop, state, k, seeds), jnp.zeros_like(found.merit), 1
     nearby = loop.method.perturbation(v)
     if nearby is not None:
-        _, there = _over(several, _Loop.run, loop, _over(several, _move, loop, state, nearby))
+        _, there = _over(several, _Bench.run, loop.bench, _over(several, _move, loop, state, nearby))
         slope, count = loop.method.slope(state.score.merit, there.merit), 2
     state = _over(several, _step, loop, state, found, taken, k, v, slope, change)
     state = state._replace(rollouts=state.rollouts + count)
@@ -236,23 +242,23 @@ def _iterate(loop: _Loop, state: _State, k: Array, seeds: Array, several: bool) 
 
 
 @eqx.filter_jit
-def _over(several: bool, fn: Callable, loop: _Loop, *args: Any) -> Any:
-    """fn(loop, *args), for all seeds at once if there are several; k is the same for all."""
+def _over(several: bool, fn: Callable, first: Any, *args: Any) -> Any:
+    """fn(first, *args), for all seeds at once if there are several; k is the same for all."""
     if not several:
-        return fn(loop, *args)
+        return fn(first, *args)
     axes = [None if isinstance(arg, Array) and arg.ndim == 0 else 0 for arg in args]
-    return jax.vmap(lambda *args: fn(loop, *args), axes)(*args)
+    return jax.vmap(lambda *args: fn(first, *args), axes)(*args)
 
 
 def _take(loop: _Loop, state: _State, rollout: Rollout, found: Score) -> tuple[_State, Array, Change]:
     """θ is the candidate, or stays; what the rollout has shown is kept in any case."""
-    taken = loop.method.takes(state.score, found) & jnp.isfinite(found.merit)
+    taken = loop.method.takes(state.score, found, state.memory) & jnp.isfinite(found.merit)
     sums = _add(state.sums, loop, rollout, jnp.isfinite(found.merit))
     theta, score = _where(taken, (state.candidate, found), (state.theta, state.score))
     best = _where(found.merit < state.lowest, state.candidate, state.best)
     lowest = jnp.minimum(found.merit, state.lowest)
     state = state._replace(theta=theta, score=score, best=best, lowest=lowest, sums=sums)
-    return state, taken, _change(sums, loop.ridge, loop.x0.size)
+    return state, taken, _change(sums, loop.ridge, loop.bench.x0.size)
 
 
 def _look(loop: _Loop, state: _State, rollout: Rollout, change: Change, taken: Array) -> _State:
@@ -261,34 +267,34 @@ def _look(loop: _Loop, state: _State, rollout: Rollout, change: Change, taken: A
 
 
 def _known(loop: _Loop, state: _State, rollout: Rollout, change: Change) -> Any:
-    along = feedback(loop.build(state.theta), rollout, loop.surrogate)
-    build = lambda flat: loop.build(loop.at(state.theta, flat))
-    return loop.method.look(loop.objective, loop.flat(state.theta), build, rollout, along, change)
+    along = feedback(loop.bench.build(state.theta), rollout, loop.surrogate)
+    build = lambda flat: loop.bench.build(loop.bench.at(state.theta, flat))
+    return loop.method.look(loop.bench.objective, loop.bench.flat(state.theta), build, rollout, along, change)
 
 
 def _direction(loop: _Loop, state: _State, k: Array, seed: Array) -> Array:
     """Uniform on the sphere."""
-    flat = loop.flat(state.theta)
+    flat = loop.bench.flat(state.theta)
     v = jax.random.normal(jax.random.fold_in(jax.random.key(seed), k), flat.shape, flat.dtype)
     return v / jnp.linalg.norm(v)
 
 
 def _move(loop: _Loop, state: _State, by: Array) -> PyTree:
     """θ somewhere else."""
-    return loop.at(state.theta, loop.flat(state.theta) + by)
+    return loop.bench.at(state.theta, loop.bench.flat(state.theta) + by)
 
 
 def _step(
     loop: _Loop, state: _State, found: Score, taken: Array, k: Array, v: Array, slope: Array, change: Change
 ) -> _State:
     """The next candidate. If the run nearby was not finite, nor is the step: θ is run again."""
-    now = Now(k, loop.flat(state.theta), state.local, state.score, found, taken, v, slope, change)
-    step, memory = loop.method.step(loop.objective, now, state.memory)
+    now = Now(k, loop.bench.flat(state.theta), state.local, state.score, found, taken, v, slope, change)
+    step, memory = loop.method.step(loop.bench.objective, now, state.memory)
     usable = jnp.all(jnp.isfinite(step))
     flat = now.flat + jnp.where(usable, step, 0.0)
-    candidate = loop.at(state.theta, flat)
+    candidate = loop.bench.at(state.theta, flat)
     if loop.refit is not None:
-        candidate = loop.refit(loop.at(loop.controller.theta, flat), change)
+        candidate = loop.refit(loop.bench.at(loop.bench.controller.theta, flat), change)
     candidate = candidate if loop.project is None else loop.project(candidate)
     return state._replace(candidate=candidate, memory=_where(usable, memory, state.memory))
 
@@ -354,9 +360,16 @@ def _check(controller, objective, x0, num_steps, iterations, ridge, refit, outsi
 def _fingerprint(loop: _Loop, theta: PyTree, iterations: int, seed: Any) -> np.ndarray:
     """Of what the result depends on, functions of the user apart, which have no lasting name."""
     settings = jax.tree.map(lambda leaf: leaf if eqx.is_array_like(leaf) else "", loop.method)
-    told = (repr(type(loop.method)), repr(settings), loop.num_steps, loop.ridge, iterations, np.asarray(seed).tolist())
+    told = (
+        repr(type(loop.method)),
+        repr(settings),
+        loop.bench.num_steps,
+        loop.ridge,
+        iterations,
+        np.asarray(seed).tolist(),
+    )
     digest = hashlib.sha256(repr(told).encode())
-    for leaf in jax.tree.leaves((theta, loop.controller, loop.x0)):
+    for leaf in jax.tree.leaves((theta, loop.bench.controller, loop.bench.x0)):
         if eqx.is_array_like(leaf):
             digest.update(np.asarray(leaf).tobytes())
     return np.frombuffer(digest.digest(), np.uint8)

@@ -95,7 +95,7 @@ class AbstractMethod(eqx.Module):
         """What of the derivatives at a new θ is kept."""
         raise NotImplementedError
 
-    def takes(self, before: Score, after: Score) -> Bool[Array, ""]:
+    def takes(self, before: Score, after: Score, memory: Any) -> Bool[Array, ""]:
         """Whether a candidate takes the place of θ; one whose merit is not finite never does."""
         return after.merit < before.merit
 
@@ -169,7 +169,7 @@ class Descent(AbstractMethod):
         slopes = jax.grad(objective.merit, (0, 1))(rollout.xs, rollout.us)
         return cost_gradient(build, flat, rollout, along, slopes)
 
-    def takes(self, before: Score, after: Score) -> Bool[Array, ""]:
+    def takes(self, before: Score, after: Score, memory: Any) -> Bool[Array, ""]:
         """Any, if not `monotone`."""
         return after.merit < before.merit if self.monotone else jnp.asarray(True)
 
@@ -191,24 +191,37 @@ class Damping(NamedTuple):
     sizes: Vector  # largest diagonal of the Hessian so far
     merit: Scalar  # before the last step
     decrease: Scalar  # that it promised
+    refused: Int[Array, ""]  # candidates in a row
+    kicked: Bool[Array, ""]  # whether the last step was one at random
 
 
 class GaussNewton(AbstractMethod):
     """The step δ that minimises  gᵀδ + ½ δᵀ(H + λD)δ + penalty · Σ max(h + Jδ, 0),  all of the model.
 
     H = (∂τ/∂θ)ᵀ ∂²C/∂τ² (∂τ/∂θ) over the trajectory τ = (x, u), D the largest diagonal of H so far. A candidate that is
-    not better is refused and λ grows; λ falls where the model predicts well.
+    not better is refused and λ grows; λ falls where the model predicts well. Where the set of active rows changes the
+    policy has kinks, at which no step may be taken any more: after `patience` refusals in a row θ moves at random, each
+    parameter by `kick` of its size or so, and goes on from there if the merit has not grown by more than a quarter.
     """
 
-    damping: float = eqx.field(static=True, default=1e-2)
+    damping: float = eqx.field(static=True, default=1e-1)
     """λ at first."""
+    patience: int = eqx.field(static=True, default=4)
+    """Refusals in a row before a step at random; 0: there is none."""
+    kick: float = eqx.field(static=True, default=0.02)
+    """Size of that step, relative to the parameters."""
     capacity: int = eqx.field(static=True, default=400)
     """Rows that a step looks at: those with the largest h."""
 
     def init(self, flat: Vector) -> Damping:
         """λ, and nothing known."""
         nothing = jnp.zeros((), flat.dtype)
-        return Damping(nothing + self.damping, jnp.zeros_like(flat), nothing, nothing)
+        never = jnp.asarray(False)
+        return Damping(nothing + self.damping, jnp.zeros_like(flat), nothing, nothing, jnp.asarray(0), never)
+
+    def takes(self, before: Score, after: Score, memory: Damping) -> Bool[Array, ""]:
+        """Only if it is better, or not much worse after a step at random."""
+        return after.merit < jnp.where(memory.kicked, 1.25, 1.0) * before.merit
 
     def look(
         self, objective: Objective, flat: Vector, build: Callable, rollout: Rollout, along: Feedback, change: Change
@@ -220,11 +233,16 @@ class GaussNewton(AbstractMethod):
     def step(self, objective: Objective, now: Now, memory: Damping) -> tuple[Vector, Damping]:
         """By one quadratic program."""
         g, H, h, J = _quadratic(objective, now.local, now.change, self.capacity)
-        sizes, damping = jnp.maximum(memory.sizes, jnp.diagonal(H)), _next_damping(now, memory)
+        refused = jnp.where(now.taken, 0, memory.refused + 1)
+        kicked = (self.patience > 0) & (refused >= max(self.patience, 1))
+        sizes = jnp.maximum(memory.sizes, jnp.diagonal(H))
+        damping = jnp.where(kicked | memory.kicked, self.damping, _next_damping(now, memory))
         curvature = H + jnp.diag(damping * sizes + (1e-6 * damping + 1e-9) * jnp.max(sizes))
         scale = 1.0 / jnp.sqrt(jnp.diagonal(curvature))
         step, decrease = _penalised_qp(scale * g, scale[:, None] * curvature * scale, h, J * scale, objective.penalty)
-        return scale * step, Damping(damping, sizes, now.score.merit, decrease)
+        random = self.kick * jnp.sqrt(now.v.size) * (jnp.abs(now.flat) + 0.1 * jnp.mean(jnp.abs(now.flat))) * now.v
+        step = jnp.where(kicked, random, scale * step)
+        return step, Damping(damping, sizes, now.score.merit, decrease, jnp.where(kicked, 0, refused), kicked)
 
 
 def _next_damping(now: Now, memory: Damping) -> Scalar:

@@ -70,7 +70,7 @@ class Config:
     experiment: Annotated[Literal["imitation"], tyro.conf.Suppress] = "imitation"
     """Which experiment."""
     preset: Literal["smoke", "quick", "paper"] = "quick"
-    """`smoke` is for tests, `quick` takes some minutes, `paper` hours."""
+    """`smoke` is for tests, `quick` takes some minutes, `paper` three quarters of an hour."""
     systems: tuple[Name, ...] = ()
     """What is controlled."""
     methods: tuple[Method, ...] = METHODS
