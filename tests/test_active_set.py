@@ -254,3 +254,27 @@ def test_a_real_time_step_is_the_solution_from_any_guess():
     assert np.mean(np.abs(expected) > 1 - 1e-6) > 0.1
     np.testing.assert_allclose(step(far, around()), expected, atol=1e-6)
     np.testing.assert_allclose(step(far, around(-0.05)), expected, atol=1e-6)
+
+
+def test_rows_that_are_not_active_cost_no_interior_point_steps(oracle):
+    """A limit of the first state, wide for half of the samples and tight for the other: where it is wide, the rounds
+    of the active set find the solution without it; where it is tight it holds, by the interior point."""
+    limited = sartor.Problem(
+        dynamics=lambda x, u, k, theta: PROBLEM.dynamics(x, u, k, theta[0]),
+        stage_cost=lambda x, u, k, theta: stage_cost(x, u, k, theta[0]),
+        terminal_cost=lambda x, theta: PROBLEM.terminal_cost(x, theta[0]),
+        horizon=N, u_min=PROBLEM.u_min, u_max=PROBLEM.u_max,
+        constraints=lambda x, u, k, theta: jnp.where(k > 0, x[:1] - theta[1], -1.0),
+        terminal_constraints=lambda x, theta: x[:1] - theta[1], softening=sartor.Softening(1e3, 1.0),
+    )  # fmt: skip
+    free = jax.jit(jax.vmap(lambda b: sartor.solve(PROBLEM, b.theta, b.x0, throw=False)))(BATCH)
+    peak = np.asarray(free.xs)[:, 1:, 0].max(1)
+    limits = np.where(np.arange(COUNT) % 2 == 0, peak + 0.1, peak - 0.1)
+    sols = jax.jit(jax.vmap(lambda b, limit: sartor.solve(limited, (b.theta, limit), b.x0, throw=False)))(BATCH, limits)
+    assert np.all(sols.successful)
+    np.testing.assert_allclose(sols.us[::2], free.us[::2], atol=1e-8)
+    settled = np.asarray(free.stats.num_inner_steps)[::2] <= 6  # those whose active set did not cycle
+    assert np.mean(settled) > 0.5
+    assert np.all(np.asarray(sols.stats.num_inner_steps)[::2][settled] <= 6)
+    assert np.all(np.asarray(sols.xs)[1::2, 1:, 0].max(1) < peak[1::2] - 0.09)
+    assert np.all(np.asarray(sols.cost)[1::2] > np.asarray(free.cost)[1::2])

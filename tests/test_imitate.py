@@ -261,6 +261,10 @@ def test_failed_solves_are_left_out_and_counted():
         ({"context": np.zeros(3)}, {}, "context must have 24 entries"),
         ({}, {"learn": lambda theta: ()}, "learn must name floating-point leaves"),
         ({}, {"scales": [0.0]}, "scales must be positive"),
+        ({}, {"scales": [1.0, 1.0]}, "scales must be a number or have shape"),
+        ({}, {"states": -1.0}, "states must be at least 0"),
+        ({}, {"learn": []}, "learn is empty"),
+        ({"us": DATA.us[:0], "xs": DATA.xs[:0]}, {}, "B ≥ 1"),
     ],
 )
 def test_bad_input_is_refused_before_anything_compiles(change, options, message):
@@ -272,3 +276,8 @@ def test_bad_input_is_refused_before_anything_compiles(change, options, message)
 def test_numbers_that_make_no_sense_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} must be at least"):
         Learning(**{name: value})
+
+
+def test_a_damping_that_is_not_positive_is_refused():
+    with pytest.raises(ValueError, match="damping must be positive"):
+        LevenbergMarquardt(0.0)

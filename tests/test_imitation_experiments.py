@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sartor import report
+from sartor import report, report_imitation
+from sartor.descent import Curve, Learned
 from sartor.experiments import imitation, imitation_lqr, solver_cost, unrealisable
 from sartor.experiments.imitation_systems import demonstrate, system, windy
 from sartor.files import read_json
@@ -96,3 +97,50 @@ def test_the_smoke_preset_reaches_its_page(module, tmp_path):
     module.run(config, tmp_path)
     page = report.page(PAGES[config.experiment], tmp_path).read_text()
     assert "Left out" not in page and "data:image/png" in page
+
+
+def test_several_starts_end_with_one_that_is_exact_or_the_best(monkeypatch):
+    """The first two begin where RMSprop does, the others elsewhere; a start where nothing can be solved is passed over."""
+    losses, begun = {0: 0.5, 1: None, 2: 0.2, 3: 0.3}, []
+
+    def pretended(problem, theta, *args, **options):
+        begun.append(float(theta.dx.g.raw))
+        loss = losses[len(begun) - 1]
+        if loss is None:
+            raise FloatingPointError
+        failed = np.array([0, 1])  # the lower loss is one of fewer samples
+        curve = Curve(np.ones(2), np.array([loss, 0.0]), np.zeros(2), failed)
+        return Learned(theta, curve)
+
+    monkeypatch.setattr(imitation, "imitate", pretended)
+    trial = imitation.Trial("pendulum", "mpc.dx.gn", 10, 0)
+    config = imitation.Config(preset="smoke", starts=4).resolved()
+    found, starts = imitation._from_starts(system("pendulum"), trial, config, (None, None, None), lambda *_: None)
+    assert starts == 4 and found.curve.validation[0] == 0.2
+    assert begun[0] == begun[1] and len({round(g, 6) for g in begun[1:]}) == 3
+    begun.clear()
+    losses[2] = 1e-12
+    assert imitation._from_starts(system("pendulum"), trial, config, (None, None, None), lambda *_: None)[1] == 3
+
+
+def test_errors_of_the_report_are_those_of_what_plans_depend_on():
+    """Twice the cost, and one more of the weights of cos and sin, make the same plans; so do g and l together."""
+    true = system("pendulum").true
+    weights, linear = np.asarray(true.weights), np.asarray(np.sqrt(true.weights) * true.goal)
+    dx = {"g": 20.0, "m": 0.25, "l": 2.0}
+    other = 2.0 * weights + np.array([1.0, 1.0, 0.0, 0.0])
+    row = {"system": "pendulum", "found": {"dx": dx, "weights": other, "linear": 2.0 * linear}}
+    assert max(report_imitation._identified(row).values()) < 1e-12 and report_imitation._cost_error(row) < 1e-12
+    row["found"]["weights"] = other + np.array([0.0, 0.0, 0.02, 0.0])
+    assert report_imitation._cost_error(row) == pytest.approx(0.01, rel=1e-6)
+
+
+def test_late_losses_are_the_mean_of_the_last_fifth_and_decide():
+    curve = lambda late: {"imitation_curve": [9.0] * 8 + late, "transition_curve": [1.0] * 10}
+    row = lambda method, late, last: {
+        "damping": "rate", "method": method, "seed": 0, "epoch": list(range(5, 55, 5)), "failed": 0, "time": 1.0,
+        "imitation": last, "transition": 1.0, **curve(late),
+    }  # fmt: skip
+    grid = report_imitation._unrealisable({"rows": [row("sysid", [2.0, 4.0], 4.0), row("mpc.dx", [0.0, 5.0], 5.0)]})
+    assert grid.rows[0][2:5] == ["3.000e+00", "2.500e+00", "0.83"]
+    assert grid.rows[1][3] == "mpc.dx lower in 1 of 1 (last epoch alone: 0)"

@@ -1,12 +1,15 @@
 """sartor: a differentiable MPC whose solutions and derivatives are right, and models tailored to it."""
 
 from sartor.data import Log as Log
+from sartor.descent import Curve as Curve
+from sartor.descent import Learned as Learned
 from sartor.descent import Learning as Learning
 from sartor.descent import LevenbergMarquardt as LevenbergMarquardt
 from sartor.imitate import Demonstrations as Demonstrations
 from sartor.imitate import identify as identify
 from sartor.imitate import imitate as imitate
 from sartor.imitate import imitation_loss as imitation_loss
+from sartor.imitate import transition_loss as transition_loss
 from sartor.kkt import LQ as LQ
 from sartor.labels import Label as Label
 from sartor.labels import action_gradient as action_gradient

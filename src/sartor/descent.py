@@ -45,6 +45,10 @@ class LevenbergMarquardt:
     damping: float = 1e-2
     """λ at the beginning; it falls by 10 after a step that was taken at once, and grows by 4 until one can be."""
 
+    def __post_init__(self):
+        if not self.damping > 0:
+            raise ValueError(f"damping must be positive, not {self.damping}.")
+
 
 Optimiser = optax.GradientTransformation | LevenbergMarquardt
 
@@ -56,7 +60,8 @@ class Learning:
     epochs: int = 500
     """Passes over the data, at most."""
     batch: int = 32
-    """Samples of a gradient step; `LevenbergMarquardt` takes all."""
+    """Samples of a gradient step; what does not fill a batch is left out of an epoch, other samples each time.
+    `LevenbergMarquardt` takes all."""
     patience: int = 0
     """Epochs without a lower loss (on validation samples if there are any) after which to stop; 0: never."""
     turn: int = 10
@@ -81,7 +86,9 @@ class Curve(NamedTuple):
     validation: np.ndarray
     """Loss on the validation samples after the epoch; NaN without any."""
     failed: np.ndarray
-    """Samples without residual, which were left out of the epoch."""
+    """Training samples without residual or without derivative, which were left out of the epoch."""
+    failed_validation: np.ndarray
+    """Validation samples without residual, which were left out of the loss."""
 
 
 class Learned(NamedTuple):
@@ -101,9 +108,10 @@ class _State(NamedTuple):
     memory: Any  # of training and validation samples
     best: PyTree
     lowest: Any
+    fewest: Any  # validation samples that failed when the loss was lowest
     epoch: Any
     stalled: Any  # epochs since the loss was lowest
-    curve: Any  # (3, epochs)
+    curve: Any  # (4, epochs)
 
 
 def minimise(
@@ -142,7 +150,7 @@ def minimise(
     memory, mark = begin(theta), _fingerprint(objective, config, optimiser, (theta, data, validation, groups))
     state = _State(
         free, [_init(optimiser, eqx.filter(free, group)) for group in groups], memory, free, jnp.asarray(np.inf),
-        jnp.asarray(0), jnp.asarray(0), np.full((3, config.epochs), np.nan),
+        jnp.asarray(np.inf), jnp.asarray(0), jnp.asarray(0), np.full((4, config.epochs), np.nan),
     )  # fmt: skip
     state = _resume(checkpoint, mark, state)
     saved = time.monotonic()
@@ -193,20 +201,22 @@ def _advance(objective, optimiser, groups, state, fixed, data, config) -> _State
         begin = (free, state.optimiser[turn], now)
         (free, chosen, now), train, failed = _gradient_steps(objective, optimiser, begin, still, samples, order)
     optimisers = [chosen if i == turn else old for i, old in enumerate(state.optimiser)]
-    theta, held_out = eqx.combine(free, resting), np.nan
+    theta, held_out, lost = eqx.combine(free, resting), np.nan, 0
     if validation is not None:
         squares, exists, others[0] = _evaluate(objective, eqx.combine(theta, fixed), validation, others[0])
-        held_out = _mean(squares, exists)
+        held_out, lost = _mean(squares, exists), int(np.sum(~np.asarray(exists)))
     failed, train, held_out = int(failed), float(train), float(held_out)
-    if epoch == 0 and not np.isfinite(train):
+    score = train if validation is None else held_out
+    if epoch == 0 and not (np.isfinite(train) and np.isfinite(score)):
         raise FloatingPointError("no sample has a residual at the start: begin at parameters for which solves succeed.")
     curve = np.array(state.curve)
-    curve[:, epoch] = train, held_out, failed
-    score = train if validation is None else held_out
-    better = score < float(state.lowest)
+    curve[:, epoch] = train, held_out, failed, lost
+    # A mean over fewer samples may be lower because the hard ones are missing.
+    better = lost < float(state.fewest) or (lost == float(state.fewest) and score < float(state.lowest))
     return _State(
         theta, optimisers, (now, *others), theta if better else state.best,
-        jnp.asarray(score) if better else state.lowest, jnp.asarray(epoch + 1),
+        jnp.asarray(score) if better else state.lowest, jnp.asarray(lost) if better else state.fewest,
+        jnp.asarray(epoch + 1),
         jnp.asarray(0 if better else int(state.stalled) + 1), curve,
     )  # fmt: skip
 
@@ -265,9 +275,11 @@ def _damped_step(objective, free, fixed, state, data, memory):
     def attempt(carry):
         tries, damping, *_ = carry
         trial = vector - jnp.linalg.solve(H + damping * D, g)
-        r, (exists, now) = residuals(trial)
-        after = _mean(jnp.sum(r.reshape(exists.size, -1) ** 2, -1), exists)
-        lower = (after < before) & (jnp.sum(~exists) <= failed) & jnp.all(jnp.isfinite(trial))
+        r, (there, now) = residuals(trial)
+        after = jnp.sum(r.reshape(exists.size, -1) ** 2, -1)
+        # Of the samples that have a residual here, all must have one there: the means are over the same samples.
+        lower = (_mean(jnp.where(exists, after, 0.0), exists) < before) & jnp.all(there | ~exists)
+        lower = lower & jnp.all(jnp.isfinite(trial))
         keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(lower, a, b), new, old)
         damping = jnp.where(lower, damping, 4.0 * damping)
         return tries + 1, damping, lower, keep(trial, vector), keep(now, memory)
@@ -313,7 +325,8 @@ def _fingerprint(objective: Any, config: Learning, optimiser: Optimiser, arrays:
     if not isinstance(optimiser, LevenbergMarquardt):
         how = re.sub(" at 0x[0-9a-f]+", "", str(jax.make_jaxpr(optimiser.update)(free, optimiser.init(free), free)))
     digest = hashlib.sha256(repr((type(objective).__name__, objective.settings, config, how)).encode())
-    for leaf in jax.tree.leaves(arrays):
+    digest.update(str(jax.tree.structure(theta)).encode())
+    for leaf in jax.tree.leaves((objective, arrays)):
         if eqx.is_array_like(leaf):
             digest.update(np.asarray(leaf).tobytes())
     return np.frombuffer(digest.digest(), np.uint8)

@@ -239,6 +239,10 @@ class _Transitions(eqx.Module):
 
 
 def _imitation(problem, solver, theta_of, states, scales, nearest) -> "_Imitation":
+    if not states >= 0:
+        raise ValueError(f"states must be at least 0, not {states}.")
+    if np.shape(scales) not in ((), (problem.nu,)):
+        raise ValueError(f"scales must be a number or have shape ({problem.nu},), not {np.shape(scales)}.")
     scales = tuple(np.broadcast_to(np.asarray(scales, float), (problem.nu,)).tolist())
     if not all(scale > 0 for scale in scales):
         raise ValueError(f"scales must be positive, not {scales}.")
@@ -265,14 +269,17 @@ def _as_guess(sol: Solution) -> Solution:
 
 def _groups(theta: PyTree, learn: Where | Sequence[Where] | None) -> list[PyTree]:
     """Which leaves learn, as trees of bools, one for each group."""
-    return [selected(theta, where) for where in (learn if isinstance(learn, Sequence) else [learn])]
+    groups = learn if isinstance(learn, Sequence) else [learn]
+    if not groups:
+        raise ValueError("learn is empty: name some leaves of theta.")
+    return [selected(theta, where) for where in groups]
 
 
 def _check(name: str, problem: Problem, data: Demonstrations, states: float) -> None:
     us, xs = np.asarray(data.us), np.asarray(data.xs)
-    if us.ndim != 3 or us.shape[2] != problem.nu or not 1 <= us.shape[1] <= problem.horizon:
+    if us.ndim != 3 or us.shape[0] == 0 or us.shape[2] != problem.nu or not 1 <= us.shape[1] <= problem.horizon:
         raise ValueError(
-            f"{name}.us must have shape (B, M, {problem.nu}) with 1 ≤ M ≤ {problem.horizon}, the horizon, "
+            f"{name}.us must have shape (B, M, {problem.nu}) with B ≥ 1 and 1 ≤ M ≤ {problem.horizon}, the horizon, "
             f"not {us.shape}."
         )
     if xs.ndim != 3 or xs.shape[:2] != (us.shape[0], us.shape[1] + 1):

@@ -94,7 +94,10 @@ def values(theta: PyTree) -> PyTree:
 def selected(theta: PyTree, where: Where | None) -> PyTree:
     """Which leaves learn, as a tree of bools; all floating-point arrays without `where`."""
     if where is None:
-        return jax.tree.map(eqx.is_inexact_array, theta)
+        every = jax.tree.map(eqx.is_inexact_array, theta)
+        if not any(jax.tree.leaves(every)):
+            raise ValueError("theta has no floating-point leaves to learn.")
+        return every
     chosen = jax.tree.leaves(where(theta))
     if not chosen or not all(map(eqx.is_inexact_array, chosen)):
         raise ValueError("learn must name floating-point leaves of theta, as lambda theta: (theta.m, theta.l).")

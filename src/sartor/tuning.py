@@ -246,9 +246,10 @@ class GaussNewton(AbstractMethod):
 
 
 def _next_damping(now: Now, memory: Damping) -> Scalar:
-    """λ grows after a candidate that was refused or much worse than promised, and falls after one as promised."""
+    """λ grows after a candidate that was refused or much worse than promised, and falls after one that was as promised,
+    though not right after a refusal, which would only be repeated."""
     share = (memory.merit - now.candidate.merit) / jnp.maximum(memory.decrease, jnp.finfo(now.flat.dtype).tiny)
-    factor = jnp.where(share > 0.75, 0.2, jnp.where(share < 0.25, 2.0, 1.0))
+    factor = jnp.where(share > 0.75, jnp.where(memory.refused == 0, 0.2, 1.0), jnp.where(share < 0.25, 2.0, 1.0))
     factor = jnp.where(now.k == 0, 1.0, jnp.where(now.taken, factor, 5.0))
     return jnp.clip(factor * memory.damping, 1e-8, 1e8)
 

@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import equinox as eqx
 import jax
@@ -39,9 +39,7 @@ Method = Literal[
     "nn", "sysid", "mpc.dx", "mpc.cost", "mpc.cost.dx", "mpc.dx.gn", "mpc.cost.gn", "mpc.cost.dx.gn"
 ]  # fmt: skip
 Name = Literal["pendulum", "cartpole"]
-METHODS: tuple[Method, ...] = (
-    "nn", "sysid", "mpc.dx", "mpc.cost", "mpc.cost.dx", "mpc.dx.gn", "mpc.cost.gn", "mpc.cost.dx.gn",
-)  # fmt: skip
+METHODS: tuple[Method, ...] = get_args(Method)
 _PRESETS: dict[str, dict[str, Any]] = {
     "smoke": dict(systems=("pendulum",), sizes=(10,), seeds=1, epochs=6, network_epochs=6, steps=4, starts=2),
     "quick": dict(systems=("pendulum",), sizes=(10, 100), seeds=1, epochs=200, network_epochs=200, steps=60, starts=8),
@@ -161,10 +159,12 @@ def _parameters(output: Path, here: System, trial: Trial, config: Config, data: 
         learned, starts = _from_starts(here, trial, config, data, monitor)
     else:
         learned, starts = _by_gradients(output, here, trial, config, data, monitor), 1
-    losses = {
-        name: _mean(imitation_loss(here.problem, learned.theta, some, solver=SOLVER))
+    found = {
+        name: imitation_loss(here.problem, learned.theta, some, solver=SOLVER)
         for name, some in zip(("train", "validation", "test"), data, strict=True)
     }
+    losses = {name: float(np.nanmean(loss)) for name, loss in found.items()}
+    losses["failed_test"] = int(np.isnan(found["test"]).sum())
     return losses, learned.curve, {"starts": starts, "found": _found(learned.theta)}
 
 
@@ -193,19 +193,31 @@ def _from_starts(here: System, trial: Trial, config: Config, data: tuple, monito
         "mpc.cost.gn": (here.start._replace(dx=here.true.dx), _cost),
         "mpc.cost.dx.gn": (here.start, _cost_and_dx),
     }[trial.method]
-    rng, tried = np.random.default_rng(trial.seed), []
+    rng = np.random.default_rng(trial.seed)
     move = lambda part: jax.tree.map(lambda leaf: leaf + _SPREAD * rng.standard_normal(np.shape(leaf)), part)
+    found: list[Learned] = []
     for start in range(config.starts):
-        learned = imitate(
-            here.problem, eqx.tree_at(leaves, begin, replace_fn=move) if start > 1 else begin, training,
-            Learning(config.steps, patience=_STEPS_OF_PATIENCE, restart=0), learn=leaves, validation=validation,
-            optimiser=LevenbergMarquardt(_DAMPINGS[start % 2]), solver=SOLVER,
-            monitor=lambda done, total, start=start: monitor(start * total + done, config.starts * total),
-        )  # fmt: skip
-        tried.append(learned)
-        if np.nanmin(learned.curve.validation) < _EXACT:
-            break
-    return min(tried, key=lambda learned: np.nanmin(learned.curve.validation)), len(tried)
+        try:
+            learned = imitate(
+                here.problem, eqx.tree_at(leaves, begin, replace_fn=move) if start > 1 else begin, training,
+                Learning(config.steps, patience=_STEPS_OF_PATIENCE, restart=0), learn=leaves, validation=validation,
+                optimiser=LevenbergMarquardt(_DAMPINGS[start % 2]), solver=SOLVER,
+                monitor=lambda done, total, start=start: monitor(start * total + done, config.starts * total),
+            )  # fmt: skip
+        except FloatingPointError:  # no solve succeeds at this start
+            continue
+        found.append(learned)
+        if _lowest(learned) < _EXACT:
+            return learned, start + 1
+    if not found:
+        raise FloatingPointError(f"no solve succeeds at any of {config.starts} starts: give more of them.")
+    return min(found, key=_lowest), config.starts
+
+
+def _lowest(learned: Learned) -> float:
+    """Validation loss, among the epochs with the fewest failed solves."""
+    failed, losses = learned.curve.failed_validation, learned.curve.validation
+    return float(np.min(losses[failed == failed.min()]))
 
 
 def _network(output: Path, here: System, trial: Trial, config: Config, data: tuple, monitor: Any) -> tuple:
@@ -231,13 +243,8 @@ def _found(theta: Theta) -> dict[str, Any]:
     return {
         "dx": {name: as_list(value) for name, value in theta.dx._asdict().items()},
         "weights": as_list(theta.weights),
-        "goal": as_list(jnp.sqrt(theta.weights) * theta.goal),
+        "linear": as_list(jnp.sqrt(theta.weights) * theta.goal),
     }
-
-
-def _mean(losses: np.ndarray) -> float:
-    """Over the demonstrations whose solve succeeds."""
-    return float(np.nanmean(losses))
 
 
 def _dx(theta: Theta) -> Any:

@@ -33,6 +33,12 @@ class _Pendulum(torch.nn.Module):
         angle = torch.atan2(x[:, 1], x[:, 0]) + pendulum.DT * rate
         return torch.stack([torch.cos(angle), torch.sin(angle), rate], 1)
 
+    def grad_input(self, x: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Jacobians of all stages at once: its faster way."""
+        one = lambda x, u, thetas: _Pendulum(thetas[None])(x[None], u[None])[0]
+        thetas = self.thetas.repeat(x.shape[0] // self.thetas.shape[0], 1)
+        return torch.func.vmap(torch.func.jacrev(one, (0, 1)))(x, u, thetas)
+
 
 def timed(x0s: np.ndarray, thetas: np.ndarray, iterations: int, horizon: int, repeats: int) -> dict[str, float]:
     """Medians of the time of a solve, and of one with its gradient [s]."""
@@ -43,7 +49,7 @@ def timed(x0s: np.ndarray, thetas: np.ndarray, iterations: int, horizon: int, re
     c[:, :, 0] = -pendulum.WEIGHTS[0]
     limit = torch.full((stages, batch, 1), 2.0, dtype=torch.float64)
     controller = MPC(
-        3, 1, stages, u_lower=-limit, u_upper=limit, lqr_iter=iterations, grad_method=GradMethods.AUTO_DIFF, eps=1e-9,
+        3, 1, stages, u_lower=-limit, u_upper=limit, lqr_iter=iterations, grad_method=GradMethods.ANALYTIC, eps=1e-9,
         exit_unconverged=False, detach_unconverged=False, verbose=-1,
     )  # fmt: skip
     start, solves, gradients = torch.tensor(x0s), [], []

@@ -95,7 +95,8 @@ def run(config: Config, out: Path, monitor: Monitor | None = None, command: str 
     cases += [Case("batch", kind, batch=n) for n in config.batches for kind in kinds]
     files = [out / "cases" / f"{case.name}.json" for case in cases]
     with opened(out, config, monitor, command) as workers:
-        workers.run("measure", [Job(f, measure, (case, config.repeats)) for f, case in zip(files, cases, strict=True)])
+        different = dict(zip(files, cases, strict=True))  # where two sweeps meet there is one case
+        workers.run("measure", [Job(file, measure, (case, config.repeats)) for file, case in different.items()])
         rows = [case._asdict() | read_json(file) for file, case in zip(files, cases, strict=True)]
         write_json(out / "cases.json", {"rows": rows})
 
