@@ -42,3 +42,10 @@ def test_the_cost_of_a_controller_is_learned_from_its_log(capsys):
     numbers = [float(text) for text in re.findall(r"-?\d+\.\d*(?:e[+-]?\d+)?", capsys.readouterr().out)]
     assert numbers[1] < 1e-12 < 0.1 < numbers[0]
     np.testing.assert_allclose(numbers[2:], [1.0, 0.2, 0.05, 0.5], rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_controller_is_tuned_on_a_plant_with_friction(capsys):
+    runpy.run_path(str(ROOT / "examples" / "tune_your_own.py"), run_name="__main__")
+    before, after = map(float, re.findall(r"merit (\S+) -> (\S+) in", capsys.readouterr().out)[0])
+    assert after < 0.7 * before

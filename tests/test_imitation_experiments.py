@@ -100,7 +100,7 @@ def test_the_smoke_preset_reaches_its_page(module, tmp_path):
 
 
 def test_several_starts_end_with_one_that_is_exact_or_the_best(monkeypatch):
-    """The first two begin where RMSprop does, the others elsewhere; a start where nothing can be solved is passed over."""
+    """The first two begin where RMSprop does, others elsewhere; one where nothing can be solved is passed over."""
     losses, begun = {0: 0.5, 1: None, 2: 0.2, 3: 0.3}, []
 
     def pretended(problem, theta, *args, **options):

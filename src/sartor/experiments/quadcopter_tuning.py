@@ -22,7 +22,6 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import cma
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -224,6 +223,8 @@ def _recipes() -> dict[Method, Recipe]:
 
 def _evolved(start: MPC, seed: int, rollouts: int, monitor: Callable) -> tuple[list, list, list, list]:
     """CMA-ES in units of the parameters' sizes, one rollout a candidate."""
+    import cma  # here, as it takes a second that all other commands save
+
     flat, unravel = ravel_pytree(_cost(start.theta))
     flat, sizes = np.asarray(flat), np.abs(np.asarray(flat)) + 0.1
 
