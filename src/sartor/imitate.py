@@ -167,7 +167,17 @@ def imitation_loss(
 def transition_loss(
     problem: Problem, theta: PyTree, demonstrations: Demonstrations, *, theta_of: Callable | None = None
 ) -> Float[np.ndarray, " B"]:
-    """Mean |x̂_{k+1} - f(x̂_k, û_k, θ)|² of every demonstration; NaN where it is not finite."""
+    """Mean |x̂_{k+1} - f(x̂_k, û_k, θ)|² of every demonstration: what `identify` learns by.
+
+    Args:
+        problem: Its dynamics are used.
+        theta: Its parameters.
+        demonstrations: What is predicted.
+        theta_of: As of `imitate`.
+
+    Returns: one number for each demonstration; NaN where it is not finite.
+    Fails: `ValueError` for wrong input.
+    """
     _check("demonstrations", problem, demonstrations, states=1.0)
     squares, exists = descent.evaluate(_Transitions(problem, theta_of), theta, demonstrations)
     return np.where(exists, squares, np.nan)
