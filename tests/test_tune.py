@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sartor import MPC, Descent, GaussNewton, Objective, Problem, Softening, estimators, tune
+from sartor import MPC, Descent, GaussNewton, Objective, Problem, Softening, estimators, stationarity, tune
 from sartor.policy_gradient import cost_gradient, feedback, policy_jacobian, roll_out, sensitivities
 
 STEPS = 12
@@ -311,3 +311,41 @@ def test_bad_input_is_refused(change, message):
     given = dict(controller=MPC(PROBLEM, WRONG), plant=plant, objective=OBJECTIVE, x0=X0, num_steps=STEPS)
     with pytest.raises(ValueError, match=message):
         tune(**{**given, **change})
+
+
+# --- Stationarity ----------------------------------------------------------------------------------------------------
+
+
+def test_the_radius_covers_the_gradient_as_often_as_it_says():
+    """Against central differences, with a model that is wrong; the merit is smooth within the distance."""
+    flat, unravel = jax.flatten_util.ravel_pytree(weights(WRONG))
+    smooth = OBJECTIVE._replace(rows=None)
+
+    @jax.jit
+    def merit(flat):
+        now = WRONG._replace(weights=unravel(flat)[0], terminal=unravel(flat)[1])
+        rollout = roll_out(plant, build(now), X0, STEPS)
+        return smooth.merit(rollout.xs, rollout.us)
+
+    h = 1e-5
+    truth = np.array([(merit(flat + h * e) - merit(flat - h * e)) / (2 * h) for e in np.eye(flat.size)])
+    found = [
+        stationarity(MPC(PROBLEM, WRONG), plant, smooth, X0, STEPS, learn=weights, samples=40, distance=1e-4, seed=seed)
+        for seed in range(20)
+    ]
+    covered = [np.linalg.norm(c.gradient - truth) <= c.radius for c in found]
+    assert 16 <= sum(covered) and all(c.radius < 1.5 * np.linalg.norm(truth) for c in found)
+    assert found[0].rollouts == 41 and found[0].norm == pytest.approx(np.linalg.norm(found[0].gradient))
+
+
+def test_the_radius_is_right_for_normal_estimates():
+    rng, scales = np.random.default_rng(0), np.array([3.0, 1.0, 0.5, 0.1])
+    module = importlib.import_module("sartor.stationarity")
+    draws = [scales * rng.normal(size=(60, 4)) for _ in range(2000)]
+    share = np.mean([np.linalg.norm(d.mean(0)) <= module._radius(d, 0.9) for d in draws])
+    assert share == pytest.approx(0.9, abs=0.025)
+
+
+def test_stationarity_refuses_numbers_that_make_no_sense():
+    with pytest.raises(ValueError, match="samples must be at least 2"):
+        stationarity(MPC(PROBLEM, WRONG), plant, OBJECTIVE, X0, STEPS, samples=1)

@@ -40,6 +40,7 @@ from sartor.solve import solve as solve
 from sartor.solve import violations as violations
 from sartor.solvers.box_ddp import BoxDDP as BoxDDP
 from sartor.solvers.sqp import SQP as SQP
+from sartor.stationarity import stationarity as stationarity
 from sartor.train import fit as fit
 from sartor.tune import tune as tune
 from sartor.tuning import Descent as Descent

@@ -110,12 +110,10 @@ def tune(
         candidate's rollout is not finite, it is refused, and `curve.merit` is infinite.
     Fails: `ValueError` for wrong input, `FloatingPointError` if the first rollout is not finite.
     """
-    _check(controller, objective, x0, num_steps, iterations, ridge, refit, outside, seed)
-    theta = jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, float) else leaf, controller.theta)
-    x0 = jnp.asarray(x0, jnp.result_type(float))
-    plant = _called(plant, x0) if outside else plant
-    bench = _Bench(controller, x0, objective, selected(theta, learn), num_steps, plant)
-    loop = _Loop(bench, GaussNewton() if method is None else method, model, ridge, project, refit)
+    _check(iterations, ridge, refit, outside, seed)
+    driven = bench(controller, plant, objective, x0, num_steps, learn, outside)
+    loop = _Loop(driven, GaussNewton() if method is None else method, model, ridge, project, refit)
+    theta = driven.theta
     seeds, several = np.asarray(seed), np.ndim(seed) > 0
     state = _begin(loop, theta)
     state = jax.tree.map(lambda leaf: jnp.stack([leaf] * seeds.size), state) if several else state
@@ -160,7 +158,7 @@ class _State(NamedTuple):
     rollouts: Array
 
 
-class _Bench(eqx.Module):
+class Bench(eqx.Module):
     """The plant and who drives it: all that a rollout depends on."""
 
     controller: MPC
@@ -169,6 +167,11 @@ class _Bench(eqx.Module):
     free: PyTree  # which leaves of θ are tuned
     num_steps: int = eqx.field(static=True)
     plant: Callable
+
+    @property
+    def theta(self) -> PyTree:
+        """θ as it is at first."""
+        return self.controller.theta
 
     def build(self, theta: PyTree) -> MPC:
         """The controller with parameters θ."""
@@ -192,10 +195,32 @@ class _Bench(eqx.Module):
         return rollout, score._replace(merit=jnp.where(fine, score.merit, jnp.inf))
 
 
+def bench(
+    controller: MPC, plant: Callable, objective: Objective, x0: Any, num_steps: int, learn: Where | None,
+    outside: bool = False,
+) -> Bench:  # fmt: skip
+    """A bench from the arguments of `tune`. Fails: `ValueError` for wrong ones."""
+    if not isinstance(controller, MPC):
+        raise ValueError(f"controller must be a sartor.MPC, not {type(controller).__name__}.")
+    if not isinstance(objective, Objective):
+        raise ValueError(f"objective must be a sartor.Objective, not {type(objective).__name__}.")
+    if not objective.penalty > 0:
+        raise ValueError(f"objective.penalty must be positive, not {objective.penalty}.")
+    if np.ndim(x0) != 1 or not np.isfinite(np.asarray(x0)).all():
+        raise ValueError("x0 must be one finite state, (nx,).")
+    if not num_steps >= 1:
+        raise ValueError(f"num_steps must be at least 1, not {num_steps}.")
+    theta = jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, float) else leaf, controller.theta)
+    controller = eqx.tree_at(lambda c: c.theta, controller, theta)
+    x0 = jnp.asarray(x0, jnp.result_type(float))
+    plant = _called(plant, x0) if outside else plant
+    return Bench(controller, x0, objective, selected(theta, learn), num_steps, plant)
+
+
 class _Loop(eqx.Module):
     """What stays the same from one iteration to the next."""
 
-    bench: _Bench
+    bench: Bench
     method: AbstractMethod
     model: Callable | None
     ridge: float = eqx.field(static=True)
@@ -227,14 +252,14 @@ def _begin(loop: _Loop, theta: PyTree) -> _State:
 def _iterate(loop: _Loop, state: _State, k: Array, seeds: Array, several: bool) -> tuple[_State, Curve]:
     """Run the candidate, take or refuse it, run nearby if the method asks for it, and step. The pieces are compiled one
     by one, so that both runs are the same code, and nothing is differentiated where nothing is new."""
-    rollout, found = _over(several, _Bench.run, loop.bench, state.candidate)
+    rollout, found = _over(several, Bench.run, loop.bench, state.candidate)
     state, taken, change = _over(several, _take, loop, state, rollout, found)
     if np.any(taken):
         state = _over(several, _look, loop, state, rollout, change, taken)
     v, slope, count = _over(several, _direction, loop, state, k, seeds), jnp.zeros_like(found.merit), 1
     nearby = loop.method.perturbation(v)
     if nearby is not None:
-        _, there = _over(several, _Bench.run, loop.bench, _over(several, _move, loop, state, nearby))
+        _, there = _over(several, Bench.run, loop.bench, _over(several, _move, loop, state, nearby))
         slope, count = loop.method.slope(state.score.merit, there.merit), 2
     state = _over(several, _step, loop, state, found, taken, k, v, slope, change)
     state = state._replace(rollouts=state.rollouts + count)
@@ -337,24 +362,15 @@ def _called(plant: Callable, x0: Array) -> Callable:
     return lambda x, u, k: io_callback(call, like, x, u, k, ordered=True)
 
 
-def _check(controller, objective, x0, num_steps, iterations, ridge, refit, outside, seed) -> None:
-    if not isinstance(controller, MPC):
-        raise ValueError(f"controller must be a sartor.MPC, not {type(controller).__name__}.")
-    if not isinstance(objective, Objective):
-        raise ValueError(f"objective must be a sartor.Objective, not {type(objective).__name__}.")
-    if np.ndim(x0) != 1 or not np.isfinite(np.asarray(x0)).all():
-        raise ValueError("x0 must be one finite state, (nx,).")
-    for name, number in (("num_steps", num_steps), ("iterations", iterations)):
-        if not number >= 1:
-            raise ValueError(f"{name} must be at least 1, not {number}.")
+def _check(iterations, ridge, refit, outside, seed) -> None:
+    if not iterations >= 1:
+        raise ValueError(f"iterations must be at least 1, not {iterations}.")
     if not ridge >= 0:
         raise ValueError(f"ridge must be at least 0, not {ridge}.")
     if refit is not None and ridge == 0:
         raise ValueError("refit needs what the rollouts have shown: give ridge, as 1e-3.")
     if outside and np.ndim(seed):
         raise ValueError("a plant outside of JAX runs once at a time: give one seed.")
-    if not objective.penalty > 0:
-        raise ValueError(f"objective.penalty must be positive, not {objective.penalty}.")
 
 
 def _fingerprint(loop: _Loop, theta: PyTree, iterations: int, seed: Any) -> np.ndarray:
