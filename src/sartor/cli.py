@@ -41,7 +41,7 @@ from sartor.experiments import (
 
 _EXPERIMENTS = {
     "panda": "Tailor a Panda's dynamics model to its tracking task, under several weightings (six to ten minutes).",
-    "imitation": "Learn cost and dynamics of a pendulum's and a cart-pole's MPC from its plans, by five methods.",
+    "imitation": "Learn cost and dynamics of a pendulum's and a cart-pole's MPC from its plans, by eight methods.",
     "imitation-lqr": "Learn a linear model by imitation: where gradients get stuck, and what does not.",
     "unrealisable": "Imitate an expert whose dynamics no learner can have: identification against imitation.",
     "quadcopter-tuning": "Tune a quadcopter's MPC in closed loop, on a plant that its model gets wrong.",

@@ -1,4 +1,4 @@
-"""Learning cost and dynamics of a controller from its plans: five methods on the pendulum and the cart-pole.
+"""Learning cost and dynamics of a controller from its plans: eight methods on the pendulum and the cart-pole.
 
     nn            an LSTM that goes from the initial state to the plan
     sysid         the cost is known; dynamics from the expert's transitions

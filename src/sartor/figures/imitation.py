@@ -23,7 +23,7 @@ def losses(content: dict[str, Any]) -> Figure | None:
     fig = Figure(figsize=(1.5 + 4.2 * len(systems), 4.2))
     for ax, system in zip(fig.subplots(1, len(systems), squeeze=False)[0], systems, strict=True):
         for i, method in enumerate(methods):
-            shift = 0.12 * (i - 0.5 * (len(methods) - 1))
+            shift = 0.08 * (i - 0.5 * (len(methods) - 1))
             found = [
                 [max(r["test"], _FLOOR) for r in rows if (r["system"], r["method"], r["size"]) == (system, method, n)]
                 for n in sizes
@@ -114,10 +114,9 @@ def solver_cost(content: dict[str, Any]) -> Figure | None:
     axes = fig.subplots(2, len(varied), squeeze=False, sharex="col", sharey="row")
     looks = dict(zip(("implicit", "unroll", "mpc.pytorch"), (ORANGE, BLUE, GREY), strict=True))
     for (times, memory), name in zip(axes.T, varied, strict=True):
-        key = "iterations" if name == "iterations" else name
         for derivative in _distinct(rows, "derivative"):
             mine = [r for r in rows if (r["varied"], r["derivative"]) == (name, derivative)]
-            x, look = [r[key] for r in mine], {"color": looks[derivative], "marker": "o", "ms": 3}
+            x, look = [r[name] for r in mine], {"color": looks[derivative], "marker": "o", "ms": 3}
             times.plot(x, [1e3 * r["solve"] for r in mine], ls="--", label=f"{derivative}: solve", **look)
             added = [1e3 * max(r["both"] - r["solve"], 1e-6) for r in mine]
             times.plot(x, added, ls="-", label=f"{derivative}: gradient", **look)
@@ -135,7 +134,7 @@ def solver_cost(content: dict[str, Any]) -> Figure | None:
 
 def color(method: str) -> str:
     """Of a method, in all figures."""
-    return _COLORS.get(method.removesuffix(".gn"), MUSTARD if method else INK)
+    return _COLORS.get(method.removesuffix(".gn"), MUSTARD)
 
 
 def line(method: str) -> str:
