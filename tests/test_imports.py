@@ -14,8 +14,8 @@ ROOT = Path(sartor.__file__).parent
 ORDER = [
     {"problem"}, {"solution"}, {"kkt"}, {"riccati"}, {"sensitivity"}, {"solvers.base"},
     {"solvers.qp", "solvers.active_set"}, {"solvers.sqp", "solvers.box_ddp"}, {"solve"}, {"labels"}, {"mpc"}, {"files"},
-    {"parameters"}, {"descent"}, {"imitate"}, {"policy_gradient"}, {"estimators"}, {"tuning"}, {"tune"},
-    {"stationarity"},
+    {"parameters"}, {"descent"}, {"imitate"}, {"policy_gradient"}, {"estimators"}, {"tuning"},
+    {"bench", "correction"}, {"tune"}, {"stationarity"},
     {"models.spatial"}, {"models.links"}, {"models.torque_derivatives"}, {"models.rigid_body", "models.integrate"},
     {"models.mjcf"}, {"models.base"}, {"models.network"}, {"models.lagrangian"}, {"models.mlp"}, {"models.store"},
     {"data"}, {"logs", "lerobot_meta"}, {"lerobot"},

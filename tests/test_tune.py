@@ -1,7 +1,6 @@
 """The derivative of a closed loop, and tuning by it."""
 
 import importlib
-import types
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sartor import MPC, Descent, GaussNewton, Objective, Problem, Softening, estimators, stationarity, tune
+from sartor import MPC, Descent, GaussNewton, Objective, Problem, Softening, correction, estimators, stationarity, tune
 from sartor.policy_gradient import cost_gradient, feedback, policy_jacobian, roll_out, sensitivities
 
 STEPS = 12
@@ -220,11 +219,10 @@ def test_with_the_true_model_the_correction_is_nothing():
 
 def test_ridge_regression_finds_what_the_model_gets_wrong():
     """The mass enters linearly: after one rollout the Jacobian of the control is corrected."""
-    module = importlib.import_module("sartor.tune")
     rollout = roll_out(plant, build(WRONG), X0, STEPS)
-    loop = types.SimpleNamespace(surrogate=lambda x, u, k: dynamics(x, u, k, WRONG))
-    sums = module._add(module._Sums(jnp.zeros((4, 4)), jnp.zeros((4, 2))), loop, rollout, jnp.asarray(True))
-    change = module._change(sums, 1e-8, 2)
+    wrong = lambda x, u, k: dynamics(x, u, k, WRONG)
+    sums = correction.seen(correction.nothing_seen(2, 1, float), wrong, rollout, jnp.asarray(True))
+    change = correction.lacking(sums, 1e-8)
     np.testing.assert_allclose(change.B[1, 0], 0.2 / 1.1 - 0.1, rtol=1e-3)
     np.testing.assert_allclose(change.A, 0.0, atol=1e-3)
 

@@ -22,10 +22,10 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float
 from scipy.stats import chi2
 
+from sartor.bench import Bench, bench
 from sartor.mpc import MPC
 from sartor.parameters import Where
 from sartor.policy_gradient import cost_gradient, feedback
-from sartor.tune import Bench, bench
 from sartor.tuning import Objective
 
 

@@ -20,14 +20,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import io_callback
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
+from sartor.bench import Bench, bench
+from sartor.correction import Sums, lacking, nothing_seen, seen
 from sartor.files import load_tree, save_tree
 from sartor.mpc import MPC
-from sartor.parameters import Where, selected, values
-from sartor.policy_gradient import Rollout, feedback, roll_out
+from sartor.parameters import Where
+from sartor.policy_gradient import Rollout, feedback
 from sartor.tuning import AbstractMethod, Change, GaussNewton, Now, Objective, Score
 
 Monitor = Callable[[int, int], None]
@@ -137,13 +137,6 @@ def tune(
     return Tuned(state.best, state.theta, curve)
 
 
-class _Sums(NamedTuple):
-    """Over all transitions: of z = (x, u, 1) and of what the model gets wrong, e."""
-
-    zz: Array
-    ze: Array
-
-
 class _State(NamedTuple):
     """Between two iterations."""
 
@@ -154,67 +147,8 @@ class _State(NamedTuple):
     best: PyTree
     lowest: Array
     memory: Any
-    sums: _Sums
+    sums: Sums
     rollouts: Array
-
-
-class Bench(eqx.Module):
-    """The plant and who drives it: all that a rollout depends on."""
-
-    controller: MPC
-    x0: Array
-    objective: Objective
-    free: PyTree  # which leaves of θ are tuned
-    num_steps: int = eqx.field(static=True)
-    plant: Callable
-
-    @property
-    def theta(self) -> PyTree:
-        """θ as it is at first."""
-        return self.controller.theta
-
-    def build(self, theta: PyTree) -> MPC:
-        """The controller with parameters θ."""
-        return eqx.tree_at(lambda c: c.theta, self.controller, values(theta))
-
-    def flat(self, theta: PyTree) -> Array:
-        """What is tuned, as one vector."""
-        return ravel_pytree(eqx.filter(theta, self.free))[0]
-
-    def at(self, theta: PyTree, flat: Array) -> PyTree:
-        """θ with other numbers in what is tuned."""
-        free, fixed = eqx.partition(theta, self.free)
-        return eqx.combine(ravel_pytree(free)[1](flat), fixed)
-
-    def run(self, theta: PyTree) -> tuple[Rollout, Score]:
-        """The plant in closed loop; its merit is infinite where it, or a state, is not finite."""
-        rollout = roll_out(self.plant, self.build(theta), self.x0, self.num_steps)
-        at = rollout.xs, rollout.us
-        score = Score(self.objective.merit(*at), self.objective.cost(*at), self.objective.excess(*at), rollout.failed)
-        fine = jnp.all(jnp.isfinite(rollout.xs)) & jnp.isfinite(score.merit)
-        return rollout, score._replace(merit=jnp.where(fine, score.merit, jnp.inf))
-
-
-def bench(
-    controller: MPC, plant: Callable, objective: Objective, x0: Any, num_steps: int, learn: Where | None,
-    outside: bool = False,
-) -> Bench:  # fmt: skip
-    """A bench from the arguments of `tune`. Fails: `ValueError` for wrong ones."""
-    if not isinstance(controller, MPC):
-        raise ValueError(f"controller must be a sartor.MPC, not {type(controller).__name__}.")
-    if not isinstance(objective, Objective):
-        raise ValueError(f"objective must be a sartor.Objective, not {type(objective).__name__}.")
-    if not objective.penalty > 0:
-        raise ValueError(f"objective.penalty must be positive, not {objective.penalty}.")
-    if np.ndim(x0) != 1 or not np.isfinite(np.asarray(x0)).all():
-        raise ValueError("x0 must be one finite state, (nx,).")
-    if not num_steps >= 1:
-        raise ValueError(f"num_steps must be at least 1, not {num_steps}.")
-    theta = jax.tree.map(lambda leaf: jnp.asarray(leaf) if isinstance(leaf, float) else leaf, controller.theta)
-    controller = eqx.tree_at(lambda c: c.theta, controller, theta)
-    x0 = jnp.asarray(x0, jnp.result_type(float))
-    plant = _called(plant, x0) if outside else plant
-    return Bench(controller, x0, objective, selected(theta, learn), num_steps, plant)
 
 
 class _Loop(eqx.Module):
@@ -238,14 +172,13 @@ class _Loop(eqx.Module):
 def _begin(loop: _Loop, theta: PyTree) -> _State:
     """Before the first iteration: θ is a candidate."""
     flat, x0 = loop.bench.flat(theta), loop.bench.x0
-    size = x0.size + loop.bench.controller.problem.nu + 1
-    sums = _Sums(jnp.zeros((size, size), x0.dtype), jnp.zeros((size, x0.size), x0.dtype))
+    sums = nothing_seen(x0.size, loop.bench.controller.problem.nu, x0.dtype)
     infinite, nothing = jnp.asarray(jnp.inf, x0.dtype), jnp.zeros((), x0.dtype)
     score = Score(infinite, nothing, nothing, jnp.asarray(0))
     state = _State(theta, score, None, theta, theta, infinite, loop.method.init(flat), sums, jnp.asarray(0))
     # The first θ is always taken, so that what is known of it has to have the right form only.
     rollout, _ = eqx.filter_eval_shape(loop.bench.run, theta)
-    local = eqx.filter_eval_shape(_known, loop, state, rollout, _change(sums, loop.ridge, x0.size))
+    local = eqx.filter_eval_shape(_known, loop, state, rollout, lacking(sums, loop.ridge))
     return state._replace(local=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), local))
 
 
@@ -278,12 +211,12 @@ def _over(several: bool, fn: Callable, first: Any, *args: Any) -> Any:
 def _take(loop: _Loop, state: _State, rollout: Rollout, found: Score) -> tuple[_State, Array, Change]:
     """θ is the candidate, or stays; what the rollout has shown is kept in any case."""
     taken = loop.method.takes(state.score, found, state.memory) & jnp.isfinite(found.merit)
-    sums = _add(state.sums, loop, rollout, jnp.isfinite(found.merit))
+    sums = seen(state.sums, loop.surrogate, rollout, jnp.isfinite(found.merit))
     theta, score = _where(taken, (state.candidate, found), (state.theta, state.score))
     best = _where(found.merit < state.lowest, state.candidate, state.best)
     lowest = jnp.minimum(found.merit, state.lowest)
     state = state._replace(theta=theta, score=score, best=best, lowest=lowest, sums=sums)
-    return state, taken, _change(sums, loop.ridge, loop.bench.x0.size)
+    return state, taken, lacking(sums, loop.ridge)
 
 
 def _look(loop: _Loop, state: _State, rollout: Rollout, change: Change, taken: Array) -> _State:
@@ -326,40 +259,6 @@ def _step(
 
 def _where(condition: Array, yes: Any, no: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
-
-
-def _add(sums: _Sums, loop: _Loop, rollout: Rollout, fine: Array) -> _Sums:
-    """The transitions of one more rollout; none of one that is not finite."""
-    xs, us = jnp.where(fine, rollout.xs, 0.0), jnp.where(fine, rollout.us, 0.0)
-    errors = xs[1:] - jax.vmap(loop.surrogate)(xs[:-1], us, jnp.arange(us.shape[0]))
-    z = jnp.concatenate([xs[:-1], us, jnp.ones_like(us[:, :1])], 1)
-    weight = jnp.where(fine, 1.0, 0.0)
-    return _Sums(sums.zz + weight * z.T @ z, sums.ze + weight * z.T @ errors)
-
-
-def _change(sums: _Sums, ridge: float, nx: int) -> Change:
-    """Ridge regression of the model's errors on states and controls, each in units of its spread."""
-    zz, ze = sums
-    count = jnp.maximum(zz[-1, -1], 1.0)
-    mean = zz[:-1, -1] / count
-    spread = zz[:-1, :-1] / count - jnp.outer(mean, mean)
-    cross = ze[:-1] / count - jnp.outer(mean, ze[-1] / count)
-    size = jnp.sqrt(jnp.maximum(jnp.diagonal(spread), 0.0))
-    unit = jnp.where(size > 0, 1.0 / jnp.where(size > 0, size, 1.0), 0.0)
-    matrix = unit[:, None] * spread * unit + max(ridge, 1e-12) * jnp.eye(size.size, dtype=size.dtype)
-    slopes = unit[:, None] * jnp.linalg.solve(matrix, unit[:, None] * cross)
-    slopes = slopes if ridge > 0 else jnp.zeros_like(slopes)
-    return Change(slopes[:nx].T, slopes[nx:].T)
-
-
-def _called(plant: Callable, x0: Array) -> Callable:
-    """A function of NumPy arrays as a part of a compiled loop."""
-    like = jax.ShapeDtypeStruct(x0.shape, x0.dtype)
-
-    def call(x, u, k):
-        return np.asarray(plant(np.asarray(x), np.asarray(u), int(k)), x0.dtype).reshape(x0.shape)
-
-    return lambda x, u, k: io_callback(call, like, x, u, k, ordered=True)
 
 
 def _check(iterations, ridge, refit, outside, seed) -> None:
