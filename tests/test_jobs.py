@@ -22,6 +22,18 @@ def fail(output, monitor):
     raise ValueError(f"{output.name} cannot be")
 
 
+class Stubborn(Exception):
+    """An error that pickles, but cannot be read back, as some of JAX's."""
+
+    def __init__(self, word, other):
+        super().__init__(f"{word} and {other}")
+
+
+def fail_stubbornly(output, monitor):
+    """Job: fails with an error that would not arrive."""
+    raise Stubborn("this", "that")
+
+
 def test_jobs_on_processes(tmp_path):
     seen, times = [], []
     jobs = [Job(tmp_path / f"part-{i}" / "file", write, (str(i),)) for i in range(4)]
@@ -39,6 +51,8 @@ def test_jobs_on_processes(tmp_path):
         both = [Job(tmp_path / "bad", fail), Job(tmp_path / "good", write, ("5",))]
         with pytest.raises(ValueError, match="bad cannot be"):
             workers.run("fail", both)
+        with pytest.raises(RuntimeError, match="this and that"):
+            workers.run("fail", [Job(tmp_path / "bad", fail_stubbornly)])
         workers.run("fail", both[1:])  # the others stay, and the workers work on
         assert (tmp_path / "good").read_text() == "5" and not (tmp_path / "bad").exists()
 
