@@ -1,4 +1,4 @@
-"""Tune your own controller on a plant that its model gets wrong: a cart-pole in MuJoCo with friction that the MPC lacks."""
+"""Tune your own controller on a plant that its model gets wrong: a cart-pole in MuJoCo, with friction."""
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +9,16 @@ import sartor
 from sartor.systems import cartpole
 
 jax.config.update("jax_enable_x64", True)
-data = mujoco.MjData(model := mujoco.MjModel.from_xml_string("""
+model = mujoco.MjModel.from_xml_string("""
 <mujoco><option timestep="0.01" integrator="RK4"/><worldbody><body>
-  <joint name="cart" type="slide" axis="1 0 0" frictionloss="1.0" damping="1.0"/><geom type="box" size=".1 .1 .1" mass="1"/>
-  <body><joint name="pole" axis="0 1 0" damping="0.02"/><geom type="capsule" size=".01" fromto="0 0 0 0 0 1" mass="0.1"/></body>
-</body></worldbody><actuator><motor joint="cart"/></actuator></mujoco>"""))
+  <joint name="cart" type="slide" axis="1 0 0" frictionloss="1.0" damping="1.0"/>
+  <geom type="box" size=".1 .1 .1" mass="1"/>
+  <body>
+    <joint name="pole" axis="0 1 0" damping="0.02"/>
+    <geom type="capsule" size=".01" fromto="0 0 0 0 0 1" mass="0.1"/>
+  </body>
+</body></worldbody><actuator><motor joint="cart"/></actuator></mujoco>""")
+data = mujoco.MjData(model)
 START = np.array([0.3, 0.0, np.cos(0.1), np.sin(0.1), 0.0])  # position, speed, cos and sin of the angle, its rate
 
 
