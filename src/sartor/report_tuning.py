@@ -8,13 +8,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from sartor import tables
+from sartor.experiments.quadcopter_models import IDENTIFICATION_ROLLOUTS
 from sartor.figures import tuning as figures
 from sartor.figures.tuning import lowest
 from sartor.report import Files, Part, Report
 from sartor.tables import Grid
-
-_IDENTIFICATION = 8  # rollouts that the data of the model are worth
-_FEASIBLE = 1e-3  # violation that counts as none: a tenth of a millimetre a second, say, in one row at one instant
 
 
 def _summary(content: dict[str, Any]) -> Grid:
@@ -34,7 +32,7 @@ def _summary(content: dict[str, Any]) -> Grid:
         goal = np.median([lowest(r)[-1] for r in hybrid]) if hybrid else np.nan
         reached = [_first(r, goal) for r in mine]
         found = [n for n in reached if n is not None]
-        times = f"{np.median(found) + _IDENTIFICATION:.0f} ({len(found)} of {len(mine)})" if found else "never"
+        times = f"{np.median(found) + IDENTIFICATION_ROLLOUTS:.0f} ({len(found)} of {len(mine)})" if found else "never"
         bound = np.mean([lowest(r)[-1] for r in exact]) if exact else np.nan
         body.append([
             level, method, str(len(mine)), f"{best.mean():.1f}", f"{best.std(ddof=1):.1f}" if len(best) > 1 else "–",
@@ -80,7 +78,7 @@ REPORT = Report(
     (
         Part(
             "summary", "What each way reaches, and for how many rollouts", "trials.json",
-            f"Merit: C + 1e4 times the sum of violations. Rollouts count {_IDENTIFICATION} for the data that the model "
+            f"Merit: C + 1e4 times the sum of violations. Rollouts count {IDENTIFICATION_ROLLOUTS} for the data that the model "
             "was identified from. For methods without random directions, seeds are other data of the same kind.",
             _summary, figures.merits,
         ),

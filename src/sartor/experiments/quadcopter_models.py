@@ -4,8 +4,8 @@
 
 The runs are those of an LQR of the true system with noise on the controls; x_0 is normal around the goal with standard
 deviation s · (1 m, 0.5 m/s, 0.15 rad, 0.1 rad/s). A linear model is the more wrong the larger s is. The published model
-and its data are not known. Of five seeds of the data for each s, that one is taken from whose model the published
-method fares best in its first step: from most of the others it does not come back.
+and its data are not known. Of five seeds of the data for each s one is taken with whose model the published
+method's first step lowers the merit; with many of the others that step makes the loop unstable.
 """
 
 from functools import cache
