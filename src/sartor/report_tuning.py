@@ -78,8 +78,8 @@ REPORT = Report(
     (
         Part(
             "summary", "What each way reaches, and for how many rollouts", "trials.json",
-            f"Merit: C + 1e4 times the sum of violations. Rollouts count {IDENTIFICATION_ROLLOUTS} for the data that the model "
-            "was identified from. For methods without random directions, seeds are other data of the same kind.",
+            f"Merit: C + 1e4 times the sum of violations. Rollouts count {IDENTIFICATION_ROLLOUTS} for the data of the "
+            "model. For methods without random directions, seeds are other data of the same kind.",
             _summary, figures.merits,
         ),
         Part(
