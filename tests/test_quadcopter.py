@@ -98,8 +98,8 @@ def test_a_smoke_run_leaves_a_report_and_is_not_done_again(tmp_path):
 
 def test_the_table_counts_what_it_says():
     def row(method, seed, merit, taken, violation):
-        return {"level": "small", "method": method, "seed": seed, "time": 2.0, "rollouts": [2, 4, 6], "merit": merit,
-                "taken": taken, "violation": violation}  # fmt: skip
+        return {"level": "small", "method": method, "seed": seed, "data": 0, "time": 2.0, "rollouts": [2, 4, 6],
+                "merit": merit, "taken": taken, "violation": violation}  # fmt: skip
 
     rows = [
         row("hybrid.25", 0, [40.0, 22.0, 500.0], [1, 1, 1], [0.0, 0.0, 0.3]),

@@ -253,7 +253,7 @@ def test_what_was_interrupted_goes_on_to_the_same_result(newton, tmp_path):
     class Stop(Exception):
         pass
 
-    def stop(k, theta):
+    def stop(k, theta, curve):
         if k == 5:
             raise Stop
 
@@ -270,6 +270,17 @@ def test_what_was_interrupted_goes_on_to_the_same_result(newton, tmp_path):
     assert ran[0] == 5 and found.curve.merit.tolist() == newton.curve.merit.tolist()
     with pytest.raises(ValueError, match="tuning something else"):
         tuned(GaussNewton(), ridge=1e-3, checkpoint=file)
+
+
+def test_tuning_ends_where_it_is_told_to(newton):
+    seen = []
+
+    def good_enough(k, theta, curve):
+        seen.append(curve.merit[-1])
+        return k == 4
+
+    found = tuned(GaussNewton(), ridge=1e-2, after_iteration=good_enough)
+    assert found.curve.merit.tolist() == newton.curve.merit[:4].tolist() == seen
 
 
 def test_a_candidate_that_is_not_finite_is_refused_and_nothing_is_lost():

@@ -3,8 +3,6 @@
 from typing import Any
 
 import numpy as np
-from rich import box
-from rich.markup import escape
 from rich.table import Table
 
 from sartor import tables
@@ -87,16 +85,7 @@ def _losses(content: dict[str, Any]) -> Grid:
 
 def _headline(files: Files) -> Table:
     grid = _losses(files.get("trials.json", {}))
-    return _as_table(grid, (0, 1, 2, 5, 7, 8, 12))
-
-
-def _as_table(grid: Grid, which: tuple[int, ...]) -> Table:
-    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for i in which:
-        out.add_column(escape(grid.header[i]), justify="left" if i < 2 else "right", overflow="fold")
-    for row in grid.rows:
-        out.add_row(*(escape(row[i]) for i in which))
-    return out
+    return tables.for_terminal(grid, (0, 1, 2, 5, 7, 8, 12))
 
 
 def _lqr(content: dict[str, Any]) -> Grid:
@@ -206,7 +195,7 @@ LQR = Report(
             ["starts", "the same from several random models, until one has no loss; the lowest loss counts"],
         ],
     ),
-    lambda files: _as_table(_lqr(files.get("trials.json", {})), (0, 1, 2, 4, 5, 7)),
+    lambda files: tables.for_terminal(_lqr(files.get("trials.json", {})), (0, 1, 2, 4, 5, 7)),
 )  # fmt: skip
 UNREALISABLE = Report(
     "unrealisable",
@@ -230,7 +219,7 @@ UNREALISABLE = Report(
             ["mpc.dx", "learns by the imitation loss, through the derivative of the MPC"],
         ],
     ),
-    lambda files: _as_table(_unrealisable(files.get("trials.json", {})), tuple(range(7))),
+    lambda files: tables.for_terminal(_unrealisable(files.get("trials.json", {})), tuple(range(7))),
 )  # fmt: skip
 SOLVER_COST = Report(
     "solver-cost",
@@ -254,6 +243,6 @@ SOLVER_COST = Report(
             ["memory", "beside inputs and outputs, of solve and gradient together, as the compiler plans it"],
         ],
     ),
-    lambda files: _as_table(_costs(files.get("cases.json", {})), (0, 1, 2, 3, 4, 5, 6)),
+    lambda files: tables.for_terminal(_costs(files.get("cases.json", {})), (0, 1, 2, 3, 4, 5, 6)),
 )  # fmt: skip
 REPORTS = (IMITATION, LQR, UNREALISABLE, SOLVER_COST)

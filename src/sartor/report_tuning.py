@@ -3,15 +3,11 @@
 from typing import Any
 
 import numpy as np
-from rich import box
-from rich.markup import escape
-from rich.table import Table
-
 from sartor import tables
 from sartor.experiments.quadcopter_models import IDENTIFICATION_ROLLOUTS
 from sartor.figures import tuning as figures
 from sartor.figures.tuning import lowest
-from sartor.report import Files, Part, Report
+from sartor.report import Part, Report
 from sartor.tables import Grid
 
 
@@ -20,7 +16,7 @@ def _summary(content: dict[str, Any]) -> Grid:
     header = ["mismatch", "method", "seeds", "lowest merit: mean", "sd", "above the cheapest trajectory [%]",
               "above exact [%]", "last merit: median", "last violation: worst", "rollouts to the hybrid's lowest",
               "seeds that diverge", "refused", "s a rollout"]  # fmt: skip
-    rows, body = content.get("rows", []), []
+    rows, body = [r for r in content.get("rows", []) if r["data"] == 0], []
     if not rows:
         return Grid(header, body)
     optimum = content["optimum"]["cost"]
@@ -44,6 +40,22 @@ def _summary(content: dict[str, Any]) -> Grid:
     return Grid(header, body)
 
 
+def _other_data(content: dict[str, Any]) -> Grid:
+    """The chief methods on models from other data."""
+    header = ["mismatch", "method", "models", "lowest merit: mean", "sd", "worst", "above the cheapest trajectory [%]",
+              "seeds that diverge"]  # fmt: skip
+    rows, body = [r for r in content.get("rows", []) if r["data"] > 0], []
+    for level, method in dict.fromkeys((r["level"], r["method"]) for r in rows):
+        mine = [r for r in rows if (r["level"], r["method"]) == (level, method)]
+        best = np.array([lowest(r)[-1] for r in mine])
+        body.append([
+            level, method, str(len(mine)), f"{best.mean():.1f}", f"{best.std(ddof=1):.1f}" if len(best) > 1 else "–",
+            f"{best.max():.1f}", f"{100 * (best.mean() / content['optimum']['cost'] - 1):.2f}",
+            str(sum(_diverges(r) for r in mine)),
+        ])  # fmt: skip
+    return Grid(header, body)
+
+
 def _last(row: dict[str, Any]) -> tuple[float, float]:
     """Merit and violation of the candidate that was taken last."""
     k = int(np.flatnonzero(row["taken"])[-1])
@@ -61,17 +73,6 @@ def _diverges(row: dict[str, Any]) -> bool:
     return _last(row)[0] > 3.0 * row["merit"][0]
 
 
-def _headline(files: Files) -> Table:
-    grid = _summary(files.get("trials.json", {}))
-    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    which = (0, 1, 3, 4, 5, 8, 9)
-    for i in which:
-        out.add_column(escape(grid.header[i]), justify="left" if i < 2 else "right", overflow="fold")
-    for row in grid.rows:
-        out.add_row(*(escape(row[i]) for i in which))
-    return out
-
-
 REPORT = Report(
     "quadcopter-tuning",
     "Tuning a quadcopter's MPC on a plant that its model gets wrong",
@@ -79,12 +80,16 @@ REPORT = Report(
         Part(
             "summary", "What each way reaches, and for how many rollouts", "trials.json",
             f"Merit: C + 1e4 times the sum of violations. Rollouts count {IDENTIFICATION_ROLLOUTS} for the data of the "
-            "model. For methods without random directions, seeds are other data of the same kind.",
+            "model. Methods without random directions run once.",
             _summary, figures.merits,
         ),
         Part(
             "candidates", "Every candidate", "trials.json",
             "Merit of each candidate with seed 0, taken or refused (the paper's Fig. 2).", figure=figures.candidates,
+        ),
+        Part(
+            "others", "Models from other data", "trials.json",
+            "The same on models identified from other data of the same kind, once each.", _other_data,
         ),
         Part("timing", "Where the time went", "timing.json", "Wall-clock time by phase of the run.", tables.seconds),
     ),
@@ -105,5 +110,5 @@ REPORT = Report(
             ["diverges", "the parameters taken last are three times worse than those to begin with"],
         ],
     ),
-    _headline,
+    lambda files: tables.for_terminal(_summary(files.get("trials.json", {})), (0, 1, 3, 4, 5, 8, 9)),
 )  # fmt: skip

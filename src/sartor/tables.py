@@ -1,10 +1,13 @@
 """The tables of a Panda run: the contents of its files in, texts out."""
 
 import html
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
+from rich import box
+from rich.markup import escape
+from rich.table import Table
 
 from sartor import evaluate, pairing
 from sartor.evaluate import Interval
@@ -206,6 +209,16 @@ def half_width(found: Interval | None) -> str:
 
 def _short(share: float) -> str:
     return f"{100 * share:.1f}" if abs(share) < 10.0 else f"{100 * share:.0f}"
+
+
+def for_terminal(grid: Grid, which: Iterable[int]) -> Table:
+    """Chosen columns, the first two of them words."""
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for i in which:
+        out.add_column(escape(grid.header[i]), justify="left" if i < 2 else "right", overflow="fold")
+    for row in grid.rows:
+        out.add_row(*(escape(row[i]) for i in which))
+    return out
 
 
 def as_html(grid: Grid) -> str:

@@ -79,7 +79,7 @@ def tune(
     seed: int | Sequence[int] = 0,
     checkpoint: Path | None = None,
     monitor: Monitor | None = None,
-    after_iteration: Callable[[int, PyTree], None] | None = None,
+    after_iteration: Callable[[int, PyTree, Curve], Any] | None = None,
 ) -> Tuned:
     """Tune leaves of θ such that the closed loop on a plant has a low cost and keeps its limits (D21).
 
@@ -104,7 +104,8 @@ def tune(
         seed: Of the random directions; several seeds are computed in one batch, and results have a leading axis.
         checkpoint: File that keeps the state; if it exists, tuning goes on from there, to the same result.
         monitor: monitor(done, total), called after every iteration.
-        after_iteration: after_iteration(k, theta), likewise, with the last θ that was taken; k counts from 1.
+        after_iteration: after_iteration(k, theta, curve), likewise, with the last θ that was taken and the curve so
+            far; k counts from 1. If it returns True, tuning ends there.
 
     Returns: θ with the lowest merit seen, in the form of `controller.theta`, the last one taken, and the curve. Where a
         candidate's rollout is not finite, it is refused, and `curve.merit` is infinite.
@@ -129,11 +130,15 @@ def tune(
             raise FloatingPointError("the first rollout of the plant is not finite: begin with θ that stabilises it.")
         if monitor is not None:
             monitor(k + 1, iterations)
-        if after_iteration is not None:
-            after_iteration(k + 1, state.theta)
-        if checkpoint is not None and (time.monotonic() - saved > _SAVE_EVERY or k + 1 == iterations):
+        so_far = Curve(*(column[..., : k + 1] for column in curve))
+        ends = after_iteration is not None and bool(after_iteration(k + 1, state.theta, so_far))
+        ends = ends or k + 1 == iterations
+        if checkpoint is not None and (time.monotonic() - saved > _SAVE_EVERY or ends):
             save_tree(checkpoint, (mark, (np.asarray(k + 1), state, curve)))
             saved = time.monotonic()
+        if ends:
+            curve = so_far
+            break
     return Tuned(state.best, state.theta, curve)
 
 

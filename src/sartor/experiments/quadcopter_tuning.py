@@ -43,7 +43,7 @@ from sartor.solve import solve
 from sartor.solvers.sqp import SQP
 from sartor.systems import quadcopter
 from sartor.systems.quadcopter import Theta
-from sartor.tune import tune
+from sartor.tune import Curve, tune
 from sartor.tuning import AbstractMethod, Descent, GaussNewton, Objective
 
 Method = Literal[
@@ -52,18 +52,25 @@ Method = Literal[
     "gauss_newton.corrected", "gauss_newton.exact", "model.exact", "cma_es",
 ]  # fmt: skip
 METHODS: tuple[Method, ...] = Method.__args__
+_ALWAYS_THE_SAME: tuple[Method, ...] = ("model", "reidentified", "reidentified.monotone", "model.exact")
+_ON_OTHER_DATA: tuple[Method, ...] = (
+    "model", "hybrid.25", "control_variate.monotone", "gauss_newton.corrected", "gauss_newton.exact",
+)  # fmt: skip
+_FIRST_OTHER = 11  # seed of data; none of those used here has been left out
 _PRESETS: dict[str, dict[str, Any]] = {
     "smoke": dict(
-        levels=("small",), methods=("hybrid.25", "gauss_newton.corrected"), seeds=1, iterations=2, newton_iterations=3
+        levels=("small",), methods=("hybrid.25", "gauss_newton.corrected"), seeds=1, others=1, iterations=2,
+        newton_iterations=3,
     ),
     "quick": dict(
-        levels=("small", "large"), seeds=1, iterations=100, newton_iterations=40,
+        levels=("small", "large"), seeds=1, others=0, iterations=100, newton_iterations=40,
         methods=("model", "zeroth", "hybrid.25", "control_variate.monotone", "gauss_newton.corrected",
                  "gauss_newton.exact"),
     ),
-    "paper": dict(levels=tuple(LEVELS), methods=METHODS, seeds=10, iterations=300, newton_iterations=60),
+    "paper": dict(levels=tuple(LEVELS), methods=METHODS, seeds=10, others=5, iterations=300, newton_iterations=60),
 }  # fmt: skip
 _RIDGE = 1e-2
+_HOPELESS = 5  # rollouts without a solve in a row
 _POPULATION = 17  # of CMA-ES: its default for 94 parameters
 
 
@@ -80,7 +87,9 @@ class Config:
     methods: tuple[Method, ...] = ()
     """How to tune."""
     seeds: int = 0
-    """Of random directions; for methods without any, of the data that the model is identified from."""
+    """Of random directions; methods without any run once."""
+    others: int = 0
+    """Models from other data of the same kind, on which the chief methods run once each."""
     iterations: int = 0
     """Iterations of descent; CMA-ES has twice as many rollouts."""
     newton_iterations: int = 0
@@ -89,7 +98,7 @@ class Config:
     """Processes, one for each core; 0: do all in this one."""
 
     def __post_init__(self):
-        check_least(self, 0, "seeds", "iterations", "newton_iterations", "workers")
+        check_least(self, 0, "seeds", "iterations", "others", "newton_iterations", "workers")
 
     def resolved(self) -> "Config":
         """The same with the numbers of the preset filled in."""
@@ -102,11 +111,18 @@ class Trial(NamedTuple):
     level: Level
     method: Method
     seed: int
+    data: int
 
     @property
     def name(self) -> str:
         """Of its file."""
-        return f"{self.level}-{self.method}-{self.seed}"
+        return f"{self.level}-{self.method}-{self.seed}-{self.data}"
+
+    @property
+    def mismatch(self) -> Mismatch:
+        """The declared model of the level, or one from other data."""
+        declared = LEVELS[self.level]
+        return declared._replace(seed=_FIRST_OTHER + self.data - 1) if self.data else declared
 
 
 class Recipe(NamedTuple):
@@ -122,7 +138,7 @@ def run(config: Config, out: Path, monitor: Monitor | None = None, command: str 
     Fails: `ValueError` if the folder holds another run.
     """
     config = config.resolved()
-    trials = [Trial(level, m, seed) for seed in range(config.seeds) for level in config.levels for m in config.methods]
+    trials = _trials(config)
     files = [out / "trials" / f"{trial.name}.json" for trial in trials]
     with opened(out, config, monitor, command) as workers:
         workers.run("bound", [Job(out / "bound.json", bound, ())])
@@ -133,7 +149,7 @@ def run(config: Config, out: Path, monitor: Monitor | None = None, command: str 
 
 def tuned(output: Path, trial: Trial, config: Config, monitor: Any) -> None:
     """One trial: merit and violation of every candidate, against rollouts."""
-    start = _controller(_mismatch(trial))
+    start = _controller(trial.mismatch)
     begun = time.perf_counter()
     if trial.method == "cma_es":
         merit, violation, taken, rollouts = _evolved(start, trial.seed, 2 * config.iterations, monitor)
@@ -144,7 +160,7 @@ def tuned(output: Path, trial: Trial, config: Config, monitor: Any) -> None:
         found = tune(
             start, plant, OBJECTIVE, jnp.asarray(quadcopter.X0), quadcopter.NUM_STEPS, recipe.method,
             iterations=config.newton_iterations if newton else config.iterations, learn=_cost, seed=trial.seed,
-            checkpoint=checkpoint, monitor=monitor, **recipe.options,
+            checkpoint=checkpoint, monitor=monitor, after_iteration=_lost, **recipe.options,
         )  # fmt: skip
         merit, violation, taken, rollouts = (
             found.curve.merit, found.curve.violation, found.curve.taken, found.curve.rollouts
@@ -188,6 +204,12 @@ OBJECTIVE = Objective(cost, quadcopter.closed_loop_rows, 1e4)
 def _rate(k: Any) -> Any:
     """α_k, as published."""
     return 2e-4 * jnp.log(k + 2.0) / (k + 1.0) ** 0.8
+
+
+def _lost(k: int, theta: Any, curve: Curve) -> bool:
+    """Whether no solve has succeeded at the last candidates taken: the loop has diverged, and nothing leads back."""
+    unsolved = (curve.failed == quadcopter.NUM_STEPS) & (curve.taken > 0)
+    return k >= _HOPELESS and bool(np.all(unsolved[-_HOPELESS:]))
 
 
 def _refitted(theta: Theta, change: Any) -> Theta:
@@ -260,17 +282,19 @@ def _controller(mismatch: Mismatch) -> MPC:
     return MPC(quadcopter.problem(), quadcopter.start(*identified(mismatch)), solver=_SOLVER)
 
 
-def _mismatch(trial: Trial) -> Mismatch:
-    """The declared model of a level; for methods without random directions, other data of the same kind as well."""
-    declared = LEVELS[trial.level]
-    if trial.seed == 0 or trial.method == "cma_es" or _perturbs(trial.method):
-        return declared
-    return declared._replace(seed=100 + trial.seed)
-
-
-def _perturbs(method: Method) -> bool:
-    recipe = _recipes()[method].method
-    return isinstance(recipe, Descent) and recipe.estimator.perturbs
+def _trials(config: Config) -> list[Trial]:
+    """All seeds on the declared models, then the other data."""
+    declared = [
+        Trial(level, method, seed, 0)
+        for seed in range(config.seeds) for level in config.levels for method in config.methods
+        if seed == 0 or method not in _ALWAYS_THE_SAME
+    ]  # fmt: skip
+    others = [
+        Trial(level, method, 0, data)
+        for data in range(1, config.others + 1) for level in config.levels for method in config.methods
+        if method in _ON_OTHER_DATA
+    ]  # fmt: skip
+    return declared + others
 
 
 @cache

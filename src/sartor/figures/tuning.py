@@ -19,54 +19,61 @@ _LOOKS = {
 
 def merits(content: dict[str, Any]) -> Figure | None:
     """Lowest merit so far above the cheapest trajectory, in percent, over rollouts: median and range of the seeds."""
-    rows = content.get("rows", [])
+    rows = [r for r in content.get("rows", []) if r["data"] == 0]
     if not rows:
         return None
     levels, methods = (list(dict.fromkeys(r[key] for r in rows)) for key in ("level", "method"))
     optimum = content["optimum"]["cost"]
-    fig = Figure(figsize=(2.0 + 3.6 * len(levels), 5.2))
-    for ax, level in zip(fig.subplots(1, len(levels), squeeze=False, sharey=True)[0], levels, strict=True):
-        for method in methods:
-            mine = [r for r in rows if (r["level"], r["method"]) == (level, method)]
-            if not mine:
-                continue
-            color, dashes = _LOOKS.get(method, (GREY, "-."))
-            excess = 100.0 * (np.array([lowest(r) for r in mine]) / optimum - 1.0)
-            x = mine[0]["rollouts"]
-            ax.plot(x, np.median(excess, 0), dashes, color=color, lw=1.8, label=method)
-            ax.fill_between(x, excess.min(0), excess.max(0), color=color, alpha=0.12, lw=0)
-        ax.set_xscale("log")
-        ax.set_yscale("log")
-        ax.set_ylim(1.0, 2e3)
-        ax.set_xlabel("rollouts")
-        ax.set_title(f"{level} mismatch")
-    fig.axes[0].set_ylabel("lowest merit so far above the cheapest trajectory [%]")
-    fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    fig, axes = _by_level(levels, 5.2, "lowest merit so far above the cheapest trajectory [%]", (1.0, 2e3))
+    for level, method in ((level, method) for level in levels for method in methods):
+        mine = [r for r in rows if (r["level"], r["method"]) == (level, method)]
+        if not mine:
+            continue
+        color, dashes = _LOOKS[method]
+        x = max((r["rollouts"] for r in mine), key=len)
+        excess = 100.0 * (np.array([_continued(lowest(r), len(x)) for r in mine]) / optimum - 1.0)
+        axes[level].plot(x, np.median(excess, 0), dashes, color=color, lw=1.8, label=method)
+        axes[level].fill_between(x, excess.min(0), excess.max(0), color=color, alpha=0.12, lw=0)
+        axes[level].set_xscale("log")
+    _key(fig, 5)
     return fig
 
 
 def candidates(content: dict[str, Any]) -> Figure | None:
     """Merit of every candidate, seed 0, as the paper's Figure 2: falls, spikes and divergence."""
-    rows = [r for r in content.get("rows", []) if r["seed"] == 0]
+    rows = [r for r in content.get("rows", []) if r["seed"] == r["data"] == 0]
     if not rows:
         return None
     levels = list(dict.fromkeys(r["level"] for r in rows))
     shown = ("model", "zeroth", "hybrid.25", "hybrid.50", "hybrid.75", "gauss_newton.corrected")
-    fig = Figure(figsize=(2.0 + 3.6 * len(levels), 4.2))
-    for ax, level in zip(fig.subplots(1, len(levels), squeeze=False, sharey=True)[0], levels, strict=True):
-        for row in (r for r in rows if r["level"] == level and r["method"] in shown):
-            color, dashes = _LOOKS[row["method"]]
-            merit = np.array([np.nan if m is None else m for m in row["merit"]])
-            ax.plot(row["rollouts"], merit, dashes, color=color, lw=1.2, label=row["method"])
-        ax.set_yscale("log")
-        ax.set_ylim(1e3, 1e6)
-        ax.set_xlabel("rollouts")
-        ax.set_title(f"{level} mismatch")
-    fig.axes[0].set_ylabel("merit of the candidate")
-    fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    fig, axes = _by_level(levels, 4.2, "merit of the candidate", (1e3, 1e6))
+    for row in (r for r in rows if r["method"] in shown):
+        color, dashes = _LOOKS[row["method"]]
+        merit = np.array([np.nan if m is None else m for m in row["merit"]])
+        axes[row["level"]].plot(row["rollouts"], merit, dashes, color=color, lw=1.2, label=row["method"])
+    _key(fig, 6)
     return fig
 
 
 def lowest(row: dict[str, Any]) -> np.ndarray:
     """Lowest merit up to each iteration."""
     return np.minimum.accumulate([np.inf if m is None else m for m in row["merit"]])
+
+
+def _by_level(levels: list[str], height: float, quantity: str, limits: tuple[float, float]) -> tuple[Figure, dict]:
+    """Axes beside each other, over rollouts, logarithmic upwards."""
+    fig = Figure(figsize=(2.0 + 3.6 * len(levels), height))
+    axes = dict(zip(levels, fig.subplots(1, len(levels), squeeze=False, sharey=True)[0], strict=True))
+    for level, ax in axes.items():
+        ax.set(yscale="log", ylim=limits, xlabel="rollouts", title=f"{level} mismatch")
+    axes[levels[0]].set_ylabel(quantity)
+    return fig, axes
+
+
+def _key(fig: Figure, columns: int) -> None:
+    fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns)
+
+
+def _continued(values: np.ndarray, length: int) -> np.ndarray:
+    """Of a tuning that has ended early, the last value from there on."""
+    return np.concatenate([values, np.full(length - len(values), values[-1])])
