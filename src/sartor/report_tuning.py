@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+
 from sartor import tables
 from sartor.experiments.quadcopter_models import IDENTIFICATION_ROLLOUTS
 from sartor.figures import tuning as figures
