@@ -65,11 +65,15 @@ class MPC(eqx.Module):
     theta_at: Callable | None = eqx.field(static=True, default=None)
     """theta_at(theta, k) -> the parameters of the problem at control step k, such as θ with the part of a
     reference that lies ahead (`window`). None: `theta` at all steps."""
+    first_guess: Callable | None = eqx.field(static=True, default=None)
+    """first_guess(x, theta) -> where the first solve starts, as by `sartor.guess`. None: at the controls nearest to
+    zero."""
 
     def init(self, x: Float[Array, " nx"]) -> Memory:
         """Memory before control step 0, from a cold start at the measured state x, which must be finite."""
         theta = self.theta_of(0)
-        sol = solve(self.problem, theta, x, solver=self.first_solver, throw=False)
+        begin = None if self.first_guess is None else self.first_guess(x, theta)
+        sol = solve(self.problem, theta, x, solver=self.first_solver, guess=begin, throw=False)
         start = _cold_start(self.problem, theta, x, sol)
         us = jnp.where(sol.successful & _finite(sol), sol.us, start.us)
         return Memory(_choose(_finite(sol), sol, start), us, sol.stats.num_steps)

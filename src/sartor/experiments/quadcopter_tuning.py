@@ -63,14 +63,14 @@ _PRESETS: dict[str, dict[str, Any]] = {
         newton_iterations=3,
     ),
     "quick": dict(
-        levels=("small", "large"), seeds=1, others=0, iterations=100, newton_iterations=40,
+        levels=("comparable", "large"), seeds=1, others=0, iterations=100, newton_iterations=40,
         methods=("model", "zeroth", "hybrid.25", "control_variate.monotone", "gauss_newton.corrected",
                  "gauss_newton.exact"),
     ),
     "paper": dict(levels=tuple(LEVELS), methods=METHODS, seeds=10, others=5, iterations=300, newton_iterations=60),
 }  # fmt: skip
 _RIDGE = 1e-2
-_HOPELESS = 5  # rollouts without a solve in a row
+_HOPELESS = 2  # rollouts without a solve in a row
 _POPULATION = 17  # of CMA-ES: its default for 94 parameters
 
 
