@@ -316,5 +316,5 @@ def _floating(leaf: Any) -> bool:
     return np.issubdtype(np.asarray(leaf).dtype, np.floating)
 
 
-def _dtype(model: AbstractModel) -> Any:
-    return model.body.masses.dtype
+def _dtype(model: eqx.Module) -> Any:
+    return jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array))[0].dtype

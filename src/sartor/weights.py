@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-States = Literal["q", "qd", "both"]
+States = Literal["q", "qd", "both"] | tuple[bool, ...]
+"""Which states count: positions, velocities, both of a robot, or for each state whether it does."""
 
 
 class Elementwise(eqx.Module):
@@ -137,7 +138,11 @@ def explained(S: Float[np.ndarray, "B N nx"]) -> float:
 
 
 def used(nx: int, states: States) -> np.ndarray:
-    """Which entries of x = [q, q̇] count, (nx,)."""
+    """Which entries of x, by default [q, q̇], count, (nx,)."""
+    if isinstance(states, tuple):
+        if len(states) != nx or not any(states):
+            raise ValueError(f"states must say for each of {nx} states whether it counts, not {states}.")
+        return np.array(states, bool)
     if states not in ("q", "qd", "both"):
         raise ValueError(f"states must be 'q', 'qd' or 'both', not {states!r}.")
     position = np.arange(nx) < nx // 2

@@ -14,7 +14,7 @@ the first interval the robot is taken to have been at rest, with nothing left ou
 import dataclasses
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -31,6 +31,8 @@ from sartor.models.torque_derivatives import TorqueHessian, torque_hessian, torq
 class AbstractModel(eqx.Module):
     """What a controller believes of its robot."""
 
+    known: ClassVar[tuple[str, ...]] = ("body",)
+    """Fields that are never trained."""
     body: eqx.AbstractVar[RigidBody]
     """The nominal robot, known beforehand; never trained."""
     history_length: eqx.AbstractVar[int]
@@ -156,14 +158,14 @@ def rest(q: Float[Array, " n"], length: int) -> Float[Array, "H 3*n"]:
     return jnp.tile(jnp.concatenate([q, jnp.zeros(2 * q.shape[0], q.dtype)]), (length, 1))
 
 
-def trainable(model: AbstractModel, frozen: Sequence[str] = ()) -> PyTree:
-    """Which leaves of a model are trained: all floating-point arrays but those of `body` and of the fields `frozen`.
+def trainable(model: eqx.Module, frozen: Sequence[str] = ()) -> PyTree:
+    """Which leaves of a model are trained: all floating-point arrays but those of its fields `known` and `frozen`.
 
     Fails: `ValueError` if the model has no such field.
     """
     parts = [field.name for field in dataclasses.fields(model)]
     mask = jax.tree.map(eqx.is_inexact_array, model)
-    for name in ("body", *frozen):
+    for name in (*getattr(model, "known", ()), *frozen):
         if name not in parts:
             raise ValueError(f"frozen names {name!r}, but a {type(model).__name__} has {parts}.")
         none = jax.tree.map(lambda _: False, getattr(model, name))

@@ -3,7 +3,7 @@
     v_x' = (F_xr + F_xf cosδ - F_yf sinδ - drag)/m + v_y r,   drag = c_0 + c_1 v_x + c_2 v_x²  [N/kg, times m]
     v_y' = (F_yr + F_yf cosδ + F_xf sinδ)/m - v_x r
     r'   = (l_f (F_yf cosδ + F_xf sinδ) - l_r F_yr)/I
-    α_f  = atan((v_y + l_f r)/v_x) - δ,   α_r = atan((v_y - l_r r)/v_x),   σ = (w - v)/v  along each wheel           (D24)
+    α_f  = atan((v_y + l_f r)/v_x) - δ,   α_r = atan((v_y - l_r r)/v_x),   σ = (w - v)/v  along a wheel            (D24)
 
 with the speed w of the tyres' surface, the same at all wheels, the steering angle δ, and loads at rest. Below
 `SLOWEST` the speed in denominators is held there.
@@ -11,7 +11,7 @@ with the speed w of the tyres' surface, the same at all wheels, the steering ang
 Source: the vehicle of the code of Węgrzynowski et al., Learning What Matters, with l_r at the rear axle.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -174,8 +174,10 @@ class Corrected(AbstractVehicle):
     A car is the same in a mirror: the network is used as  ½ (g(z) + M g(M z)),  M: change of the sign of v_y, r and δ.
     """
 
+    known: ClassVar[tuple[str, ...]] = ("base",)
+    """Never trained."""
     base: AbstractVehicle
-    """What is known."""
+    """What is known beforehand."""
     network: eqx.nn.MLP
     """g, from five numbers to three."""
     sizes: tuple[float, ...] = eqx.field(static=True, default=(3.0, 0.5, 3.0, 0.3, 0.3))
@@ -203,14 +205,14 @@ def corrected(base: AbstractVehicle, width: int, key: Array) -> Corrected:
     network = eqx.nn.MLP(5, 3, width, 1, activation=jnp.tanh, key=key)
     zero = jnp.zeros_like(network.layers[-1].weight)
     network = eqx.tree_at(lambda net: (net.layers[-1].weight, net.layers[-1].bias), network, (zero, zero[:, 0]))
-    return Corrected(base, network)
+    return Corrected(base=base, network=network)  # pyright: ignore[reportCallIssue]
 
 
 def f1tenth() -> SingleTrack:
     """A car of 1:10 with the published tyres. Source: the code of Węgrzynowski et al., Learning What Matters."""
     front = Pacejka(0.12260, 8.1564, (0.057084, 0.58888, 0.85324, 0.23114), (2.83313, 0.68991, 0.80986, 0.00658))
     rear = Pacejka(0.13232, 7.5577, (0.069187, 0.59321, 0.86027, 4.28465), (4.67455, 1.57920, 0.85531, 7.29611))
-    return SingleTrack(front, rear)
+    return SingleTrack(front=front, rear=rear)
 
 
 def _magic(a: Scalar, shape: Any) -> Scalar:

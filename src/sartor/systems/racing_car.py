@@ -11,6 +11,8 @@ Source: the controller of the code of Węgrzynowski et al., Learning What Matter
 penalty of 200 per metre, ours rows with the same slope.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -19,8 +21,10 @@ from jaxtyping import Array, Float
 
 from sartor.models.integrate import rk4
 from sartor.models.vehicle import SLOWEST, AbstractVehicle, Motion
+from sartor.mpc import MPC
 from sartor.problem import Problem, Softening
 from sartor.solution import Solution, guess
+from sartor.solvers.sqp import SQP
 from sartor.track import Track
 
 State = Float[Array, "9"]
@@ -69,13 +73,14 @@ def ode(x: State, u: Control, theta: Theta) -> State:
     return jnp.concatenate([pose, rates, jnp.zeros_like(x[:1]), actuators])
 
 
-_step = rk4(ode, DT)
+step = rk4(ode, DT)
+"""The next state: step(x, u, k, theta)."""
 
 
 def problem(horizon: int) -> Problem:
     """The MPC over so many steps; its parameters are a `Theta`."""
     return Problem(
-        dynamics=_step, stage_cost=stage_cost, terminal_cost=_terminal_cost, horizon=horizon, u_min=U_MIN, u_max=U_MAX,
+        dynamics=step, stage_cost=stage_cost, terminal_cost=_terminal_cost, horizon=horizon, u_min=U_MIN, u_max=U_MAX,
         constraints=_path_rows, terminal_constraints=walls, softening=SOFT,
     )  # fmt: skip
 
@@ -114,23 +119,36 @@ def _path_rows(x: State, u: Control, k: Any, theta: Theta) -> Float[Array, "2"]:
     return jnp.where(k > 0, walls(x, theta), -1.0)
 
 
-def follow(x: State, theta: Theta, speed: Scalar) -> Control:
+def follow(x: State, theta: Theta, speed: Any) -> Control:
     """Steers along the centreline at a speed [m/s]: where an MPC may begin its first solve.
 
     δ_ref = (l_f + l_r) κ - 2 n/m² - 1.5 μ,   κ a little ahead
     """
     body, ahead = theta.vehicle.body, 0.1 * speed
     steer = (body.lf + body.lr) * theta.track.curvature_at(x[0] + ahead) - 2.0 * x[1] - 1.5 * x[2]
-    return jnp.clip(jnp.stack([speed, steer]), jnp.asarray(U_MIN, x.dtype), jnp.asarray(U_MAX, x.dtype))
+    return jnp.clip(
+        jnp.stack([jnp.asarray(speed, x.dtype), steer]), jnp.asarray(U_MIN, x.dtype), jnp.asarray(U_MAX, x.dtype)
+    )
 
 
-def first_guess(x: State, theta: Theta, horizon: int, speed: Scalar) -> Solution:
-    """Such a drive as a guess for `solve`."""
+@cache  # the same function for the same numbers: nothing compiles twice
+def first_guess(horizon: int, speed: float = 2.0) -> Callable:
+    """first_guess(x, theta) of an `MPC`: such a drive."""
 
-    def advance(x: State, _: None) -> tuple[State, tuple[State, Control]]:
-        u = follow(x, theta, speed)
-        x = _step(x, u, 0, theta)
-        return x, (x, u)
+    def drive(x: State, theta: Theta) -> Solution:
+        def advance(x: State, _: None) -> tuple[State, tuple[State, Control]]:
+            u = follow(x, theta, speed)
+            x = step(x, u, 0, theta)
+            return x, (x, u)
 
-    _, (xs, us) = jax.lax.scan(advance, x, None, length=horizon)
-    return guess(jnp.concatenate([x[None], xs]), us)
+        _, (xs, us) = jax.lax.scan(advance, x, None, length=horizon)
+        return guess(jnp.concatenate([x[None], xs]), us)
+
+    return drive
+
+
+def controller(theta: Theta, horizon: int, *, real_time: bool = True) -> MPC:
+    """An MPC that begins with such a drive and does one iteration in a control step, or as many as it takes."""
+    return MPC(
+        problem(horizon), theta, solver=SQP(real_time=real_time), first_solver=SQP(), first_guess=first_guess(horizon)
+    )
