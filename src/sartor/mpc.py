@@ -9,7 +9,7 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from sartor.problem import Problem, Theta, rollout
 from sartor.solution import RESULTS, Solution, shift
@@ -27,6 +27,8 @@ class Memory(NamedTuple):
     """Controls of the last successful plan, shifted to the present; applied if a solve fails."""
     num_steps: Int[Array, ""]
     """Steps of the cold solve, which count for the first control step; 0 from then on."""
+    lost: Bool[Array, ""]
+    """Whether the last solve failed."""
 
 
 class Info(eqx.Module):
@@ -48,7 +50,8 @@ class MPC(eqx.Module):
     The first solve starts cold and runs until it has converged; each later one starts from the solution
     before, shifted. If a solve fails, its control is not used: the controller applies what the last
     successful plan holds for now (beyond the end of that plan: its last control), and records the status.
-    The next solve starts where the failed one ended, or from the older guess if that is not finite. Before
+    The next solve starts from `first_guess` if there is one; else where the failed one ended, or from the older guess
+    if that is not finite. Before
     any success the plan holds the controls nearest to zero. So a control is always finite and within its
     bounds.
     """
@@ -76,7 +79,7 @@ class MPC(eqx.Module):
         sol = solve(self.problem, theta, x, solver=self.first_solver, guess=begin, throw=False)
         start = _cold_start(self.problem, theta, x, sol)
         us = jnp.where(sol.successful & _finite(sol), sol.us, start.us)
-        return Memory(_choose(_finite(sol), sol, start), us, sol.stats.num_steps)
+        return Memory(_choose(_finite(sol), sol, start), us, sol.stats.num_steps, jnp.asarray(False))
 
     def __call__(
         self, x: Float[Array, " nx"], k: Int[Array, ""] | int, memory: Memory
@@ -94,7 +97,8 @@ class MPC(eqx.Module):
         theta = self.theta_of(k)
         low, high = self.problem.bounds
         # Bounds of each stage belong to the stage, not to the control that a shift has moved there.
-        guess = eqx.tree_at(lambda g: g.us, memory.guess, jnp.clip(memory.guess.us, low, high))
+        guess = self._again(x, theta, memory)
+        guess = eqx.tree_at(lambda g: g.us, guess, jnp.clip(guess.us, low, high))
         sol = solve(self.problem, theta, x, solver=self.solver, guess=guess, throw=False)
         us = jnp.where(sol.successful & _finite(sol), sol.us, memory.us)
         u = jnp.clip(us[0], low[0], high[0])
@@ -103,10 +107,23 @@ class MPC(eqx.Module):
         next_guess = shift(_choose(_finite(sol), sol, memory.guess))
         return (
             u,
-            Memory(next_guess, jnp.concatenate([us[1:], us[-1:]]), jnp.zeros_like(memory.num_steps)),
+            Memory(next_guess, jnp.concatenate([us[1:], us[-1:]]), jnp.zeros_like(memory.num_steps), ~sol.successful),
             info,
             sol,
         )
+
+    def _again(self, x: Array, theta: Theta, memory: Memory) -> Solution:
+        """Where a solve starts: from the plan before, or anew if that was lost."""
+        if self.first_guess is None:
+            return memory.guess
+        first_guess = self.first_guess
+
+        def anew() -> Solution:
+            begin = first_guess(x, theta)
+            empty = jax.tree.map(jnp.zeros_like, memory.guess)
+            return eqx.tree_at(lambda sol: (sol.us, sol.xs), empty, (begin.us, begin.xs))
+
+        return jax.lax.cond(memory.lost, anew, lambda: memory.guess)
 
     def theta_of(self, k: Int[Array, ""] | int) -> Theta:
         """Parameters of the problem at control step k."""

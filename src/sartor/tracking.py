@@ -219,7 +219,7 @@ def _begin(tracker: Tracker, xs: Array) -> Loop:
     def one(model, x):
         us = jnp.zeros((horizon, nu), x.dtype)
         start = guess(jnp.broadcast_to(x, (horizon + 1, x.shape[0])), us)
-        memory, past = Memory(start, us, jnp.asarray(0)), rest(x[:nu], length)
+        memory, past = Memory(start, us, jnp.asarray(0), jnp.asarray(False)), rest(x[:nu], length)
         return Loop(x, us[0], past, memory, model.context(past))
 
     return jax.vmap(one, in_axes=(0 if tracker.per_plant else None, 0))(tracker.model, xs)
