@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
@@ -26,6 +26,7 @@ from sartor.models.base import AbstractModel, ArmDynamics, Theta, trainable
 from sartor.samples import TorqueSamples, Windows
 from sartor.weights import Weights
 
+M = TypeVar("M", bound=eqx.Module)
 Monitor = Callable[[int, int], None]
 """monitor(done, total), called as training proceeds."""
 
@@ -192,10 +193,10 @@ def pretrain(
 
 
 def optimise(
-    loss: Callable, model: AbstractModel, data: PyTree, config: Config, validation: PyTree | None = None,
+    loss: Callable, model: M, data: PyTree, config: Config, validation: PyTree | None = None,
     checkpoint: Path | None = None, monitor: Monitor | None = None,
-    after_epoch: Callable[[int, AbstractModel], None] | None = None,
-) -> tuple[AbstractModel, Curve]:  # fmt: skip
+    after_epoch: Callable[[int, M], None] | None = None,
+) -> tuple[M, Curve]:  # fmt: skip
     """Minimise the mean of loss(model, batch) -> (B,) over data whose leaves have samples along their first axis.
 
     The loss is divided by its value at the start. Else as `fit`.
@@ -241,12 +242,12 @@ def optimise(
     return eqx.combine(state[0], fixed), Curve(train, [] if validation is None else held_out)
 
 
-def mean_loss(loss: Callable, model: AbstractModel, data: PyTree, batch: int = 512) -> float:
+def mean_loss(loss: Callable, model: eqx.Module, data: PyTree, batch: int = 512) -> float:
     """Mean of loss(model, batch) over all data."""
     return float(np.mean(losses(loss, model, data, batch)))
 
 
-def losses(loss: Callable, model: AbstractModel, data: PyTree, batch: int = 512) -> Float[np.ndarray, "B ..."]:
+def losses(loss: Callable, model: eqx.Module, data: PyTree, batch: int = 512) -> Float[np.ndarray, "B ..."]:
     """loss(model, ...) of each sample, a number or an array, computed in batches."""
     data = jax.tree.map(lambda leaf: np.asarray(leaf, _dtype(model)) if _floating(leaf) else np.asarray(leaf), data)
     num_samples = len(jax.tree.leaves(data)[0])
@@ -260,7 +261,7 @@ def losses(loss: Callable, model: AbstractModel, data: PyTree, batch: int = 512)
 
 
 @eqx.filter_jit
-def _losses(loss: Callable, model: AbstractModel, batch: PyTree) -> Array:
+def _losses(loss: Callable, model: eqx.Module, batch: PyTree) -> Array:
     return loss(model, batch)
 
 
@@ -280,7 +281,7 @@ def _optimiser(learning_rate: float, weight_decay: float, num_steps: int) -> opt
     return optax.chain(optax.clip_by_global_norm(10.0), optax.adamw(schedule, weight_decay=weight_decay))
 
 
-def _fingerprint(config: Config, begin: float, model: AbstractModel, data: PyTree) -> np.ndarray:
+def _fingerprint(config: Config, begin: float, model: eqx.Module, data: PyTree) -> np.ndarray:
     """Of all that training depends on; the loss before it stands for the loss function."""
     digest = hashlib.sha256(repr((config, begin)).encode())
     for leaf in jax.tree.leaves((eqx.filter(model, eqx.is_array), data)):

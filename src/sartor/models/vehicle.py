@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sartor.models.network import Network
+
 Scalar = Float[Array, ""]
 Rates = Float[Array, "3"]
 
@@ -178,7 +180,7 @@ class Corrected(AbstractVehicle):
     """Never trained."""
     base: AbstractVehicle
     """What is known beforehand."""
-    network: eqx.nn.MLP
+    network: Network
     """g, from five numbers to three."""
     sizes: tuple[float, ...] = eqx.field(static=True, default=(3.0, 0.5, 3.0, 0.3, 0.3))
     """Of its inputs."""
@@ -202,9 +204,9 @@ class Corrected(AbstractVehicle):
 
 def corrected(base: AbstractVehicle, width: int, key: Array) -> Corrected:
     """With a network of one hidden layer that adds nothing yet."""
-    network = eqx.nn.MLP(5, 3, width, 1, activation=jnp.tanh, key=key)
-    zero = jnp.zeros_like(network.layers[-1].weight)
-    network = eqx.tree_at(lambda net: (net.layers[-1].weight, net.layers[-1].bias), network, (zero, zero[:, 0]))
+    network = Network((5, width, 3), key)
+    last = lambda network: [network.layers[-1].weight, network.layers[-1].bias]
+    network = eqx.tree_at(last, network, [jnp.zeros_like(leaf) for leaf in last(network)])
     return Corrected(base=base, network=network)  # pyright: ignore[reportCallIssue]
 
 
