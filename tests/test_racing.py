@@ -17,7 +17,7 @@ from sartor.track_generator import named
 CAR, TRACK = f1tenth(), named("fin")
 THETA = car.Theta(CAR, TRACK)
 LINEAR = SingleTrack(front=LinearTyre(), rear=LinearTyre())
-HORIZON = 20
+HORIZON = 40
 CORNERING = jnp.asarray([2.07, 0.05, -0.454, 3.47, 0.78, -1.07, 0.8, 3.2, -0.5])
 
 
@@ -115,11 +115,11 @@ def _with_defects(horizon):
 
 def test_sensitivities_are_central_differences_with_walls_active():
     problem, solver = _with_defects(HORIZON), SQP(tol=1e-11)
-    x0 = car.at_rest(3.0, 3.0).at[1].set(0.1)
+    x0 = car.at_rest(8.0, 3.0)
     theta = (THETA, jnp.zeros((HORIZON, 9)))
     begin = car.first_guess(HORIZON)(x0, THETA)
     sol = solve(problem, theta, x0, guess=begin, solver=solver)
-    assert np.sum(np.asarray(sol.mus.path) > 1.0) >= 2  # rows of walls that hold the plan
+    assert np.sum(np.asarray(sol.mus.path) > 1.0) >= 2  # walls hold the plan
     S = np.asarray(error_sensitivity(problem, theta, sol))
     first = jax.jit(lambda e: solve(problem, (THETA, e), x0, guess=sol, solver=solver, throw=False).us[0])
     rng, h = np.random.default_rng(0), 1e-6
@@ -136,7 +136,7 @@ def _plain_plant(**changes):
 
 
 def _run(plant, x, u, steps=10):
-    step, state = jax.jit(plant.step), plant.start(x)
+    step, state = eqx.filter_jit(plant.step), plant.start(x)
     for _ in range(steps):
         state = step(state, u)
     return state.x
@@ -144,10 +144,10 @@ def _run(plant, x, u, steps=10):
 
 def test_a_plant_without_its_extras_is_the_model():
     u = jnp.asarray([3.4, 0.15])
-    x, found = CORNERING, _run(_plain_plant(), CORNERING, u)
-    for _ in range(10):
+    x, found = CORNERING, _run(_plain_plant(), CORNERING, u, 3)  # the wall is not reached
+    for _ in range(3):
         x = car.step(x, u, 0, THETA)
-    np.testing.assert_allclose(found, x, atol=2e-3)
+    np.testing.assert_allclose(found, x, atol=5e-3)  # the model takes steps of 33 ms, the plant of 8
 
 
 @pytest.mark.parametrize(
@@ -171,13 +171,13 @@ def test_braking_loads_the_front_axle():
 
 
 def test_walls_push_back_and_take_speed():
-    x = car.at_rest(0.5, 3.0).at[1].set(0.27).at[2].set(0.3)
+    x = car.at_rest(0.5, 3.0).at[1].set(0.27).at[2].set(0.5)
     plant, u = _plain_plant(), jnp.asarray([3.0, 0.0])
-    step, state, depth = jax.jit(plant.step), plant.start(x), []
+    step, state, depth = eqx.filter_jit(plant.step), plant.start(x), []
     for _ in range(12):
         state = step(state, u)
         depth.append(float(racing.contact(TRACK, state.x)))
-    assert 0.0 < max(depth) < 0.05 and depth[-1] == 0.0 and float(state.x[3]) < 2.9
+    assert 0.0 < max(depth) < 0.05 and depth[-1] == 0.0 and float(jnp.hypot(*state.x[3:5])) < 2.9
 
 
 def test_noise_is_measured_and_friction_is_told():
