@@ -17,10 +17,12 @@ ORDER = [
     {"parameters"}, {"descent"}, {"imitate"}, {"policy_gradient"}, {"estimators"}, {"tuning"},
     {"bench", "correction"}, {"tune"}, {"stationarity"},
     {"models.spatial"}, {"models.links"}, {"models.torque_derivatives"}, {"models.rigid_body", "models.integrate"},
-    {"models.mjcf"}, {"models.base"}, {"models.network"}, {"models.lagrangian"}, {"models.mlp"}, {"models.store"},
+    {"models.mjcf"}, {"models.base"}, {"models.network"}, {"models.vehicle"}, {"models.lagrangian"}, {"models.mlp"},
+    {"models.store"},
     {"data"}, {"logs", "lerobot_meta"}, {"lerobot"},
     {"weights"}, {"samples"}, {"train"}, {"labelling"}, {"plant", "render"}, {"tracking"},
-    {"systems"}, {"pairing"}, {"evaluate"}, {"figures"}, {"report_closed_loop"}, {"tables"}, {"report"},
+    {"track"}, {"track_generator", "track_files"}, {"systems"}, {"racing"}, {"racing_labels", "racing_training"},
+    {"pairing"}, {"evaluate"}, {"figures"}, {"report_closed_loop"}, {"tables"}, {"report"},
     {"report_panda"}, {"experiments"}, {"report_imitation", "report_tuning"}, {"tailoring"}, {"cli"},
 ]  # fmt: skip
 

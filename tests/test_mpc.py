@@ -160,3 +160,17 @@ def test_bounds_of_each_stage_do_not_stop_the_loop():
         assert info.result == sartor.RESULTS.successful
         x = tight.dynamics(x, u, 0, None)
     assert abs(float(u[0])) <= 2.0
+
+
+def test_a_plan_that_was_lost_begins_anew_from_the_first_guess(controller, starts):
+    quick = sartor.SQP(real_time=True)
+    again = MPC(problem(horizon=20), default_theta(), solver=quick, first_guess=_at_rest)
+    x, memory = starts[1], eqx.filter_jit(controller.init)(starts[1])
+    plan = eqx.filter_jit(lambda memory: again.plan(x, 1, memory)[3].us)
+    anew = eqx.filter_jit(lambda: sartor.solve(again.problem, again.theta, x, solver=quick, guess=_at_rest(x, None)).us)
+    np.testing.assert_allclose(plan(memory._replace(lost=jnp.asarray(True))), anew(), atol=1e-9)
+    assert np.abs(plan(memory) - anew()).max() > 1e-2
+
+
+def _at_rest(x, theta):
+    return sartor.guess(jnp.tile(x, (21, 1)), jnp.zeros((20, 1)))
