@@ -91,7 +91,7 @@ def _labels(theta: Theta, horizon: int, xs: Array, us: Array, solver: AbstractSo
 def phases(track: Track, s: Float[np.ndarray, " T"]) -> np.ndarray:
     """The `Phase` of a lap at each place: nearly no curvature is a straight; within 0.3 m of where the size of the
     curvature is largest is the apex of a turn; before it the entry, after it the exit."""
-    curvature = jax.jit(jax.vmap(lambda s: jnp.abs(track.curvature_at(s))))
+    curvature = jax.vmap(lambda s: jnp.abs(track.curvature_at(s)))
     around = np.asarray(s)[:, None] + np.linspace(-0.3, 0.3, 13)
     size = np.asarray(curvature(jnp.asarray(around.ravel()))).reshape(around.shape)
     here, apex = size[:, 6], ~np.isin(size.argmax(1), (0, 12))

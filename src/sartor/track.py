@@ -33,11 +33,8 @@ class Track(NamedTuple):
 
     def at(self, coefficients: Float[Array, "K ..."], s: Scalar) -> Float[Array, "..."]:
         """The spline with these coefficients, at arc length s of any lap [m]."""
-        count = coefficients.shape[0]
-        place = s * (count / self.length)
-        knot = jnp.floor(place)
-        weights = _basis(place - knot)
-        return weights @ coefficients[(knot.astype(int) + jnp.arange(-1, 3)) % count]
+        around, f = self._around(coefficients, s)
+        return _basis(f) @ around
 
     def curvature_at(self, s: Scalar) -> Scalar:
         """κ(s) [1/m]."""
@@ -49,17 +46,21 @@ class Track(NamedTuple):
 
     def heading_at(self, s: Scalar) -> Scalar:
         """Direction of the centreline [rad], in (-π, π]."""
-        count = self.position.shape[0]
-        place = s * (count / self.length)
-        knot = jnp.floor(place)
-        around = self.position[(knot.astype(int) + jnp.arange(-1, 3)) % count]
-        dx, dy = _basis_slope(place - knot) @ around
+        around, f = self._around(self.position, s)
+        dx, dy = _basis_slope(f) @ around
         return jnp.arctan2(dy, dx)
 
     def place(self, s: Scalar, n: Scalar = 0.0) -> Float[Array, "2"]:  # pyright: ignore
         """x and y [m] of a point beside the centreline."""
         psi = self.heading_at(s)
         return self.at(self.position, s) + n * jnp.stack([-jnp.sin(psi), jnp.cos(psi)])
+
+    def _around(self, coefficients: Array, s: Scalar) -> tuple[Array, Scalar]:
+        """The four coefficients that count at s, and the fraction of its interval."""
+        count = coefficients.shape[0]
+        place = s * (count / self.length)
+        knot = jnp.floor(place)
+        return coefficients[(knot.astype(int) + jnp.arange(-1, 3)) % count], place - knot
 
 
 def from_points(

@@ -35,6 +35,8 @@ def generate(seed: int, *, length: float = 18.0, half_width: float = 0.28) -> Tr
         seed: Of the points.
         length: Of the centreline [m]; the curvatures above are those of 18 m.
         half_width: Free width to either side [m].
+
+    Fails: `ValueError` if none is found that is wide enough.
     """
     rng = np.random.default_rng((seed, 23))
     for _ in range(_TRIES):

@@ -23,7 +23,7 @@ import numpy as np
 import tyro
 
 from sartor import racing
-from sartor.experiments.f1tenth_world import PENALTY, controller, gentle, plant, track
+from sartor.experiments.f1tenth_world import PENALTY, gentle, plant, track
 from sartor.experiments.jobs import Job, Monitor
 from sartor.experiments.presets import check_least, filled
 from sartor.experiments.run_folder import opened
@@ -39,8 +39,6 @@ from sartor.weights import Weights, constant, from_factors, from_labels
 
 Weighting = Literal["ones", "stand", "norm", "ours", "ours_avg", "ours_shuffled", "regret"]
 WEIGHTINGS: tuple[Weighting, ...] = Weighting.__args__
-Baseline = Literal["linear", "kinematic", "pretrained", "published", "oracle"]
-BASELINES: tuple[Baseline, ...] = Baseline.__args__
 _PRETRAIN_STEPS = 10  # p of the rollouts in pretraining
 _PRESETS: dict[str, dict[str, Any]] = {
     "smoke": dict(
@@ -256,7 +254,9 @@ def _tested(model: AbstractVehicle, config: Config) -> list[dict[str, Any]]:
 def _race(model: AbstractVehicle, number: int, config: Config, steps: int) -> racing.Race:
     theta = racing_car.Theta(model, track(number))
     begin = racing_car.at_rest(0.0, 2.0)
-    return racing.race(plant(number), controller(theta, config.horizon), begin, steps, jax.random.key(number + 100))
+    return racing.race(
+        plant(number), racing_car.controller(theta, config.horizon), begin, steps, jax.random.key(number + 100)
+    )
 
 
 def _weights(

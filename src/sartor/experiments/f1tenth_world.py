@@ -13,7 +13,6 @@ from jaxtyping import Array, Float
 
 from sartor import racing
 from sartor.models.vehicle import SingleTrack, f1tenth
-from sartor.mpc import MPC
 from sartor.racing import RacingPlant
 from sartor.systems import racing_car
 from sartor.systems.racing_car import Theta
@@ -44,11 +43,6 @@ def plant(number: int) -> RacingPlant:
     return RacingPlant(
         SingleTrack(front=front, rear=rear), track(number), racing.patches(track(number), 0.8, number % 997)
     )
-
-
-def controller(theta: Theta, horizon: int) -> MPC:
-    """The MPC, one iteration a control step."""
-    return racing_car.controller(theta, horizon)
 
 
 def gentle(number: int, num_steps: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

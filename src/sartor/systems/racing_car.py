@@ -3,7 +3,7 @@
     x = [s [m], n [m], μ [rad], v_x [m/s], v_y [m/s], r [rad/s], friction, w [m/s], δ [rad]],   u = [w_ref, δ_ref]
     s' = (v_x cosμ - v_y sinμ)/(1 - n κ(s)),   n' = v_x sinμ + v_y cosμ,   μ' = r - κ(s) s'
     (v_x, v_y, r)' by the vehicle (D24),   friction' = 0,   w' = (w_ref - w)/τ_w,   δ' = (δ_ref - δ)/τ_s
-    ℓ   = q_n n² + q_μ μ² + q_β (β - β_kin)² + q_σ (w - v_x)² + q_w (w_ref - w)² + q_δ (δ_ref - δ)² - q_s (s - s_0)
+    ℓ   = q_n n² + q_μ μ² + q_β (β - β_kin)² + q_σ (w - v_x)² + q_w (w_ref - w)² + q_δ (δ_ref - δ)² - q_s s
     ℓ_N = the same without controls, and q_N μ²,   β = atan(v_y/v_x),   β_kin = atan(l_r δ/(l_f + l_r))
     n within the walls less a margin, soft;   0.01 ≤ w_ref ≤ 7 m/s,   |δ_ref| ≤ 0.5 rad;   RK4 steps of 0.033 s
 
@@ -59,7 +59,6 @@ class Theta(NamedTuple):
     track: Track
     weights: Weights = Weights()
     margin: Any = 0.03  # that the centre of the car keeps from the walls [m]
-    begin: Any = 0.0  # s_0, from where progress counts [m]: it moves the cost alone
 
 
 def ode(x: State, u: Control, theta: Theta) -> State:
@@ -107,7 +106,7 @@ def _state_cost(x: State, theta: Theta) -> Scalar:
     q, body = theta.weights, theta.vehicle.body
     sideslip = jnp.arctan(vy / jnp.maximum(vx, SLOWEST)) - jnp.arctan(body.lr / (body.lf + body.lr) * steer)
     squares = q.lateral * n**2 + q.heading * mu**2 + q.sideslip * sideslip**2 + q.slip * (wheel - vx) ** 2
-    return squares - q.progress * (s - theta.begin)
+    return squares - q.progress * s
 
 
 def _terminal_cost(x: State, theta: Theta) -> Scalar:
@@ -147,8 +146,6 @@ def first_guess(horizon: int, speed: float = 2.0) -> Callable:
     return drive
 
 
-def controller(theta: Theta, horizon: int, *, real_time: bool = True) -> MPC:
-    """An MPC that begins with such a drive and does one iteration in a control step, or as many as it takes."""
-    return MPC(
-        problem(horizon), theta, solver=SQP(real_time=real_time), first_solver=SQP(), first_guess=first_guess(horizon)
-    )
+def controller(theta: Theta, horizon: int) -> MPC:
+    """An MPC that begins with such a drive, and then does one iteration in every control step."""
+    return MPC(problem(horizon), theta, solver=SQP(real_time=True), first_guess=first_guess(horizon))
