@@ -20,10 +20,10 @@ ORDER = [
     {"models.mjcf"}, {"models.base"}, {"models.network"}, {"models.vehicle"}, {"models.lagrangian"}, {"models.mlp"},
     {"models.store"},
     {"data"}, {"logs", "lerobot_meta"}, {"lerobot"},
-    {"weights"}, {"samples"}, {"train"}, {"labelling"}, {"plant", "render"}, {"tracking"},
+    {"weights"}, {"samples"}, {"train"}, {"labelling"}, {"truth"}, {"plant", "render"}, {"tracking"},
     {"track"}, {"track_generator", "track_files"}, {"systems"}, {"racing"}, {"racing_labels", "racing_training"},
     {"pairing"}, {"evaluate"}, {"figures"}, {"report_closed_loop"}, {"tables"}, {"report"},
-    {"report_panda"}, {"experiments"}, {"report_imitation", "report_tuning"}, {"tailoring"}, {"cli"},
+    {"report_panda"}, {"experiments"}, {"report_imitation", "report_tuning", "report_racing"}, {"tailoring"}, {"cli"},
 ]  # fmt: skip
 
 

@@ -205,3 +205,47 @@ def test_the_closed_loop_drives_fast_and_clear_of_the_walls():
     ran = racing.race(plant, car.controller(THETA, 40), car.at_rest(0.0, 2.0), 100, jax.random.key(0))
     assert int(jnp.sum(ran.results != RESULTS.successful)) == 0 and float(ran.contact.max()) == 0.0
     assert float(ran.xs[-1, 0]) > 8.0  # 6.6 m at the speed that it begins with
+
+
+class Moved(eqx.Module):
+    """A controller of which one control is moved once."""
+
+    own: object
+    at: object
+    by: object
+
+    def init(self, x):
+        return self.own.init(x)
+
+    def __call__(self, x, k, memory):
+        u, memory, info = self.own(x, k, memory)
+        return (
+            jnp.clip(u + jnp.where(k == self.at, 1.0, 0.0) * self.by, *map(jnp.asarray, (car.U_MIN, car.U_MAX))),
+            memory,
+            info,
+        )
+
+
+def test_branches_are_differences_of_whole_drives():
+    plant = racing.RacingPlant(CAR, TRACK, racing.patches(TRACK, 0.8, 3))
+    driver, begin, key = car.controller(THETA, HORIZON), car.at_rest(0.0, 2.0), jax.random.key(0)
+    step, steps_on, moments = jnp.asarray([0.05, 0.01]), 12, jnp.asarray([20, 41])
+    found = racing.branches(plant, driver, begin, 60, key, moments, steps_on, step)
+
+    def cost(at, by):
+        ran = racing.race(plant, Moved(driver, jnp.asarray(at), by), begin, 60, key)
+        states, us = ran.xs[at + 1 : at + 1 + steps_on], ran.us[at : at + steps_on]
+        ell = jax.vmap(lambda x, u: car.stage_cost(x, u, 0, THETA))(states, us)
+        beyond = np.maximum(np.asarray(jax.vmap(lambda x: car.walls(x, THETA))(states)), 0.0)
+        return float(ell.sum()) + float((200.0 * beyond + 1000.0 * beyond**2).sum())
+
+    for i, at in enumerate(moments.tolist()):
+        now = cost(at, jnp.zeros(2))
+        for j in range(2):
+            by = step * jnp.eye(2)[j]
+            ahead, behind = cost(at, by), cost(at, -by)
+            if np.isfinite(found.curvature[i, j]):
+                assert float(found.slope[i, j]) == pytest.approx((ahead - behind) / (2 * float(step[j])), rel=1e-5)
+                second = (ahead - 2 * now + behind) / float(step[j]) ** 2
+                assert float(found.curvature[i, j]) == pytest.approx(second, rel=1e-3, abs=1e-2)
+    assert np.isfinite(found.curvature).sum() >= 2

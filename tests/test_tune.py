@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sartor import MPC, Descent, GaussNewton, Objective, Problem, Softening, correction, estimators, stationarity, tune
-from sartor.policy_gradient import cost_gradient, feedback, policy_jacobian, roll_out, sensitivities
+from sartor.policy_gradient import Rollout, cost_gradient, feedback, policy_jacobian, roll_out, sensitivities
 
 STEPS = 12
 X0 = jnp.array([2.0, 0.0])
@@ -221,10 +221,29 @@ def test_ridge_regression_finds_what_the_model_gets_wrong():
     """The mass enters linearly: after one rollout the Jacobian of the control is corrected."""
     rollout = roll_out(plant, build(WRONG), X0, STEPS)
     wrong = lambda x, u, k: dynamics(x, u, k, WRONG)
-    sums = correction.seen(correction.nothing_seen(2, 1, float), wrong, rollout, jnp.asarray(True))
+    nothing = correction.nothing_seen(2, 1, float, products=False)
+    sums = correction.seen(nothing, wrong, rollout, jnp.asarray(True))
     change = correction.lacking(sums, 1e-8)
     np.testing.assert_allclose(change.B[1, 0], 0.2 / 1.1 - 0.1, rtol=1e-3)
     np.testing.assert_allclose(change.A, 0.0, atol=1e-3)
+
+
+def test_products_tell_how_the_error_of_a_jacobian_changes():
+    """The model lacks 0.3 q u and 0.1 v²: away from the mean of the rollouts the correction is exact too."""
+    rng = np.random.default_rng(0)
+    lacks = lambda x, u: jnp.stack([0.3 * x[0] * u[0], 0.1 * x[1] ** 2])
+    rough = lambda x, u, k: dynamics(x, u, k, THETA)
+    sums = correction.nothing_seen(2, 1, float, products=True)
+    for _ in range(2):
+        xs, us = rng.normal(1.0, 1.0, (40, 2)), rng.normal(-0.5, 1.0, (39, 1))
+        for t in range(39):  # of states that are anywhere: every transition begins where the last one ends
+            xs[t + 1] = rough(xs[t], us[t], t) + lacks(xs[t], us[t])
+        sums = correction.seen(sums, rough, Rollout(jnp.asarray(xs), jnp.asarray(us), None, 0), jnp.asarray(True))
+    change = correction.lacking(sums, 1e-9)
+    dA, dB = change.along(jnp.asarray(xs), jnp.asarray(us))
+    A, B = jax.vmap(jax.jacfwd(lacks, (0, 1)))(jnp.asarray(xs[:-1]), jnp.asarray(us))
+    np.testing.assert_allclose(dA, A, atol=1e-4)
+    np.testing.assert_allclose(dB, B, atol=1e-4)
 
 
 @pytest.mark.parametrize("estimator", [estimators.Model(), estimators.ControlVariate()], ids=["model", "two_rollouts"])
@@ -313,6 +332,7 @@ def test_projection_keeps_parameters_in_their_box():
         ({"iterations": 0}, "iterations must be at least 1"),
         ({"ridge": -1.0}, "ridge must be at least 0"),
         ({"refit": lambda theta, change: theta}, "give ridge"),
+        ({"products": True}, "products needs ridge"),
         ({"outside": True, "seed": [0, 1]}, "one seed"),
         ({"learn": lambda theta: ()}, "learn must name"),
     ],

@@ -31,6 +31,7 @@ from rich.text import Text
 from sartor import tailoring
 from sartor.experiments import (
     closed_loop,
+    f1tenth,
     imitation,
     imitation_lqr,
     panda,
@@ -45,6 +46,7 @@ _EXPERIMENTS = {
     "imitation-lqr": "Learn a linear model by imitation: where gradients get stuck, and what does not.",
     "unrealisable": "Imitate an expert whose dynamics no learner can have: identification against imitation.",
     "quadcopter-tuning": "Tune a quadcopter's MPC in closed loop, on a plant that its model gets wrong.",
+    "f1tenth": "A racing car: what matters where on the track, and a model with a small network tailored to it.",
     "solver-cost": "Time and memory of a derivative: implicit against through all iterations, and mpc.pytorch.",
     "pendulum": "Swing-up of a pendulum with a weak motor, in closed loop.",
     "cartpole": "Swing-up of a pole on a cart, in closed loop.",
@@ -66,15 +68,17 @@ Experiment = (
         quadcopter_tuning.Config,
         tyro.conf.subcommand("quadcopter-tuning", description=_EXPERIMENTS["quadcopter-tuning"]),
     ]
+    | Annotated[f1tenth.Config, tyro.conf.subcommand("f1tenth", description=_EXPERIMENTS["f1tenth"])]
     | Annotated[solver_cost.Config, tyro.conf.subcommand("solver-cost", description=_EXPERIMENTS["solver-cost"])]
     | Annotated[closed_loop.Config, _closed_loop("pendulum")]
     | Annotated[closed_loop.Config, _closed_loop("cartpole")]
     | Annotated[closed_loop.Config, _closed_loop("quadrotor")]
 )
 
+_WORTH_KEEPING = 0.1  # compile time [s] from which on compiled code is kept
 _OF_FOLDERS = {
     "panda": panda, "imitation": imitation, "imitation-lqr": imitation_lqr, "unrealisable": unrealisable,
-    "quadcopter-tuning": quadcopter_tuning, "solver-cost": solver_cost,
+    "quadcopter-tuning": quadcopter_tuning, "f1tenth": f1tenth, "solver-cost": solver_cost,
 }  # fmt: skip
 """Experiments with a page as their report, by name."""
 
@@ -255,6 +259,9 @@ def _configure_jax(hurry: bool) -> None:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_cache())
     jax.config.update("jax_enable_x64", True)
     jax.config.update("jax_compilation_cache_dir", str(_cache()))
+    # Of the many pieces of a run most take less than the second from which on JAX keeps them.
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = str(_WORTH_KEEPING)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING)
 
 
 def _cache() -> Path:
@@ -301,9 +308,9 @@ def _report(folder: Path, console: Console) -> None:
 
 def _report_of(config: Any) -> Any:
     """What is shown of an experiment. Imported here: matplotlib and pyarrow take a second that most commands save."""
-    from sartor import report_imitation, report_panda, report_tuning
+    from sartor import report_imitation, report_panda, report_racing, report_tuning
 
-    all_reports = (report_panda.REPORT, *report_imitation.REPORTS, report_tuning.REPORT)
+    all_reports = (report_panda.REPORT, *report_imitation.REPORTS, report_tuning.REPORT, report_racing.REPORT)
     reports = {report.experiment: report for report in all_reports}
     if isinstance(config, closed_loop.Config):
         raise ValueError("a closed loop has a figure, but no tables for a text: leave its folder out of --markdown.")

@@ -16,12 +16,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from sartor.models.integrate import rk4
 from sartor.models.vehicle import GRAVITY, Motion, SingleTrack
-from sartor.mpc import MPC
+from sartor.mpc import MPC, Memory
+from sartor.problem import penalty
 from sartor.solution import RESULTS
+from sartor.systems import racing_car
 from sartor.systems.racing_car import DT
 from sartor.track import Track
 
@@ -111,17 +113,60 @@ def race(plant: RacingPlant, controller: MPC, x0: Float[Array, "9"], num_steps: 
     Fails: never raises; failed solves are in `results`, and walls keep the car on the track.
     """
 
-    def advance(carry, k):
-        state, memory = carry
-        x = plant.measure(state, jax.random.fold_in(key, k))
-        u, memory, info = controller(x, k, memory)
-        state = plant.step(state, u)
-        return (state, memory), (state.x, x, u, info.result, contact(plant.track, state.x))
-
-    begin = plant.start(x0), controller.init(plant.measure(plant.start(x0), jax.random.fold_in(key, 0)))
-    (state, _), (xs, measured, us, results, depth) = jax.lax.scan(advance, begin, jnp.arange(num_steps))
+    carry = _begin(plant, controller, x0, key)
+    (state, _), seen = jax.lax.scan(lambda c, k: _advance(plant, controller, key, c, k), carry, jnp.arange(num_steps))
+    xs, measured, us, results, depth = seen
     last = plant.measure(state, jax.random.fold_in(key, num_steps))
     return Race(jnp.concatenate([x0[None], xs]), jnp.concatenate([measured, last[None]]), us, results, depth)
+
+
+class Branches(NamedTuple):
+    """At B moments of a closed loop."""
+
+    slope: Float[Array, "B 2"]
+    """dJ/du_t, of the cost that follows, feedback and plant included."""
+    curvature: Float[Array, "B 2"]
+    """d²J/du_t²; NaN where a bound of the control is nearer than the step, and the slope is one-sided."""
+
+
+@eqx.filter_jit
+def branches(
+    plant: RacingPlant, controller: MPC, x0: Float[Array, "9"], num_steps: int, key: Array, moments: Int[Array, " B"],
+    steps_on: int, step: Float[Array, "2"],
+) -> Branches:  # fmt: skip
+    """What a control matters to the closed loop: the plant is copied, one control moved by ± a step for one control
+    step, and the copies drive on under the controller.
+
+    J = Σ over the control steps that follow of the controller's stage cost and the penalty of its walls, at the states
+    of the plant.
+
+    Args:
+        plant, controller, x0, num_steps, key: As of `race`.
+        moments: Control steps to branch at, less than `num_steps`.
+        steps_on: Control steps of a branch.
+        step: Of each control [its unit].
+    """
+    advance = lambda carry, k: (_advance(plant, controller, key, carry, k)[0], carry)
+    _, carries = jax.lax.scan(advance, _begin(plant, controller, x0, key), jnp.arange(num_steps))
+    moved, soft = jnp.concatenate([jnp.zeros((1, 2)), jnp.eye(2), -jnp.eye(2)]) * step, racing_car.SOFT
+
+    def follow(carry, t, by):
+        def on(carry, k):
+            carry, (x, _, u, *_) = _advance(plant, controller, key, carry, t + k, jnp.where(k == 0, by, 0.0))
+            touched = penalty(racing_car.walls(x, controller.theta), soft.linear, soft.quadratic)
+            return carry, (racing_car.stage_cost(x, u, k, controller.theta) + jnp.sum(touched), u)
+
+        _, (costs, us) = jax.lax.scan(on, carry, jnp.arange(steps_on))
+        return jnp.sum(costs), us[0]
+
+    chosen = jax.tree.map(lambda leaf: leaf[moments], carries)
+    J, u = jax.vmap(lambda carry, t: jax.vmap(lambda by: follow(carry, t, by))(moved))(chosen, moments)
+    far = jnp.abs(u[:, 1:] - u[:, :1])  # of each copy and control
+    ahead, behind = far[:, (0, 1), (0, 1)], far[:, (2, 3), (0, 1)]
+    whole = jnp.minimum(ahead, behind) > 0.99 * step
+    slope = (J[:, 1:3] - J[:, 3:]) / jnp.maximum(ahead + behind, 1e-9)
+    curvature = (J[:, 1:3] - 2.0 * J[:, :1] + J[:, 3:]) / step**2
+    return Branches(slope, jnp.where(whole, curvature, jnp.nan))
 
 
 def contact(track: Track, x: Float[Array, "9"]) -> Float[Array, ""]:
@@ -146,6 +191,24 @@ def patches(track: Track, base: float, seed: int, *, depth: float = 0.15, count:
         far = (s - place + 0.5 * float(track.length)) % float(track.length) - 0.5 * float(track.length)
         friction += depth * size * np.exp(-0.5 * (far / 0.6) ** 2)
     return jnp.asarray(friction, track.curvature.dtype)
+
+
+def _begin(plant: RacingPlant, controller: MPC, x0: Array, key: Array) -> tuple[PlantState, Memory]:
+    start = plant.start(x0)
+    return start, controller.init(plant.measure(start, jax.random.fold_in(key, 0)))
+
+
+def _advance(
+    plant: RacingPlant, controller: MPC, key: Array, carry: tuple[PlantState, Memory], k: Array, moved: Any = 0.0
+) -> tuple[tuple[PlantState, Memory], tuple]:
+    """One control step, its control moved."""
+    state, memory = carry
+    x = plant.measure(state, jax.random.fold_in(key, k))
+    u, memory, info = controller(x, k, memory)
+    low, high = jnp.asarray(racing_car.U_MIN, u.dtype), jnp.asarray(racing_car.U_MAX, u.dtype)
+    u = jnp.clip(u + moved, low, high)
+    state = plant.step(state, u)
+    return (state, memory), (state.x, x, u, info.result, contact(plant.track, state.x))
 
 
 def _small_step(plant: RacingPlant, z: Array, h: Array, u: Array) -> Array:

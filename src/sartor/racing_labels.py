@@ -30,6 +30,8 @@ class DriveLabels(NamedTuple):
     """(T, 2, N, 9)."""
     Lambda: np.ndarray
     """(T, 2, 2)."""
+    dJ_du0: np.ndarray
+    """(T, 2)."""
     ok: np.ndarray
     """(T,), whether there is a label."""
 
@@ -83,7 +85,7 @@ def label_windows(
 def _labels(theta: Theta, horizon: int, xs: Array, us: Array, solver: AbstractSolver, options: dict) -> tuple:
     def one(xs, us):
         found = label(problem(horizon), theta, xs[0], solver=solver, guess=guess(xs, us), **options)
-        return found.S, found.du0_de, found.Lambda, found.result == RESULTS.successful
+        return found.S, found.du0_de, found.Lambda, found.dJ_du0, found.result == RESULTS.successful
 
     return jax.vmap(one)(xs, us)
 

@@ -73,6 +73,7 @@ def tune(
     learn: Where | None = None,
     model: Callable | None = None,
     ridge: float = 0.0,
+    products: bool = False,
     project: Callable | None = None,
     refit: Callable | None = None,
     outside: bool = False,
@@ -97,9 +98,12 @@ def tune(
             as they are at first, unless given.
         ridge: Strength of the ridge regression that corrects these Jacobians by what the rollouts have shown, relative
             to the spread of states and controls; 0: no correction.
+        products: Whether the correction may change along the way: products of states and controls count in the
+            regression as well.
         project: project(theta) -> the nearest θ that is allowed, as a clip to a box.
-        refit: refit(theta, change) -> θ with a model that has been corrected by `change.A`, `change.B`; needs `ridge`.
-            Of the theta that it is given, what is not tuned is as it was at first, and so is what the change refers to.
+        refit: refit(theta, change) -> θ with a model that has been corrected by `change.A`, `change.B`; needs `ridge`
+            without `products`. Of the theta that it is given, what is not tuned is as it was at first, and so is what
+            the change refers to.
         outside: The plant is not written in JAX: it is called with NumPy arrays, in order; at k = 0 it begins at `x0`.
         seed: Of the random directions; several seeds are computed in one batch, and results have a leading axis.
         checkpoint: File that keeps the state; if it exists, tuning goes on from there, to the same result.
@@ -111,9 +115,9 @@ def tune(
         candidate's rollout is not finite, it is refused, and `curve.merit` is infinite.
     Fails: `ValueError` for wrong input, `FloatingPointError` if the first rollout is not finite.
     """
-    _check(iterations, ridge, refit, outside, seed)
+    _check(iterations, ridge, products, refit, outside, seed)
     driven = bench(controller, plant, objective, x0, num_steps, learn, outside)
-    loop = _Loop(driven, GaussNewton() if method is None else method, model, ridge, project, refit)
+    loop = _Loop(driven, GaussNewton() if method is None else method, model, ridge, products, project, refit)
     theta = driven.theta
     seeds, several = np.asarray(seed), np.ndim(seed) > 0
     state = _begin(loop, theta)
@@ -163,6 +167,7 @@ class _Loop(eqx.Module):
     method: AbstractMethod
     model: Callable | None
     ridge: float = eqx.field(static=True)
+    products: bool = eqx.field(static=True)
     project: Callable | None
     refit: Callable | None
 
@@ -177,7 +182,7 @@ class _Loop(eqx.Module):
 def _begin(loop: _Loop, theta: PyTree) -> _State:
     """Before the first iteration: θ is a candidate."""
     flat, x0 = loop.bench.flat(theta), loop.bench.x0
-    sums = nothing_seen(x0.size, loop.bench.controller.problem.nu, x0.dtype)
+    sums = nothing_seen(x0.size, loop.bench.controller.problem.nu, x0.dtype, loop.products)
     infinite, nothing = jnp.asarray(jnp.inf, x0.dtype), jnp.zeros((), x0.dtype)
     score = Score(infinite, nothing, nothing, jnp.asarray(0))
     state = _State(theta, score, None, theta, theta, infinite, loop.method.init(flat), sums, jnp.asarray(0))
@@ -266,13 +271,15 @@ def _where(condition: Array, yes: Any, no: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
-def _check(iterations, ridge, refit, outside, seed) -> None:
+def _check(iterations, ridge, products, refit, outside, seed) -> None:
     if not iterations >= 1:
         raise ValueError(f"iterations must be at least 1, not {iterations}.")
     if not ridge >= 0:
         raise ValueError(f"ridge must be at least 0, not {ridge}.")
     if refit is not None and ridge == 0:
         raise ValueError("refit needs what the rollouts have shown: give ridge, as 1e-3.")
+    if products and (refit is not None or ridge == 0):
+        raise ValueError("products needs ridge, as 1e-4, and no refit, which is told constant Jacobians.")
     if outside and np.ndim(seed):
         raise ValueError("a plant outside of JAX runs once at a time: give one seed.")
 
@@ -285,6 +292,7 @@ def _fingerprint(loop: _Loop, theta: PyTree, iterations: int, seed: Any) -> np.n
         repr(settings),
         loop.bench.num_steps,
         loop.ridge,
+        loop.products,
         iterations,
         np.asarray(seed).tolist(),
     )

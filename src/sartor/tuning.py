@@ -68,10 +68,28 @@ class Answer(NamedTuple):
 
 
 class Change(NamedTuple):
-    """What a model lacks, as measured: x_{t+1} - f(x_t, u_t) ≈ A x_t + B u_t + constant."""
+    """What a model lacks, as measured, with z = (x_t, u_t) - origin: x_{t+1} - f(x_t, u_t) ≈ slopesᵀz + ½ zᵀ bent z +
+    constant."""
 
-    A: Float[Array, "nx nx"]
-    B: Float[Array, "nx nu"]
+    slopes: Float[Array, "nz nx"]
+    bent: Float[Array, "nz nz nx"]
+    origin: Float[Array, " nz"]
+
+    @property
+    def A(self) -> Float[Array, "nx nx"]:
+        """Of ∂f/∂x, at the origin."""
+        return self.slopes[: self.slopes.shape[1]].T
+
+    @property
+    def B(self) -> Float[Array, "nx nu"]:
+        """Of ∂f/∂u, at the origin."""
+        return self.slopes[self.slopes.shape[1] :].T
+
+    def along(self, xs: Array, us: Array) -> tuple[Float[Array, "T nx nx"], Float[Array, "T nx nu"]]:
+        """Of ∂f/∂x and ∂f/∂u along a rollout."""
+        z = jnp.concatenate([xs[:-1], us], 1) - self.origin
+        lacking = self.slopes.T + jnp.einsum("ijx,tj->txi", self.bent, z)
+        return lacking[..., : xs.shape[1]], lacking[..., xs.shape[1] :]
 
 
 class AbstractMethod(eqx.Module):
@@ -165,7 +183,8 @@ class Descent(AbstractMethod):
         self, objective: Objective, flat: Vector, build: Callable, rollout: Rollout, along: Feedback, change: Change
     ) -> Vector:
         """The model-based direction (D20) of the merit."""
-        along = along._replace(A=along.A + change.A, B=along.B + change.B)
+        dA, dB = change.along(rollout.xs, rollout.us)
+        along = along._replace(A=along.A + dA, B=along.B + dB)
         slopes = jax.grad(objective.merit, (0, 1))(rollout.xs, rollout.us)
         return cost_gradient(build, flat, rollout, along, slopes)
 
@@ -266,7 +285,8 @@ class _QP(NamedTuple):
 def _quadratic(objective: Objective, answer: Answer, change: Change, capacity: int) -> tuple[Array, ...]:
     """Gradient and Gauss-Newton Hessian of the cost in θ, and the rows with the largest values and their Jacobian."""
     xs, us, A, B, K, direct = answer
-    tangents = sensitivities(A + change.A, B + change.B, K, direct)
+    dA, dB = change.along(xs, us)
+    tangents = sensitivities(A + dA, B + dB, K, direct)
     by_theta = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, -1, 0), tangents)
     slopes = jax.grad(objective.cost, (0, 1))
     g, bent = jax.vmap(lambda tangent: jax.jvp(lambda *at: (objective.cost(*at), slopes(*at)), (xs, us), tangent)[1])(

@@ -12,7 +12,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.stats import spearmanr
 
 from sartor.experiments import panda_stages as stages
 from sartor.experiments.panda_config import FIRST_MOMENT, WINDOW, Config
@@ -26,6 +25,7 @@ from sartor.solvers.sqp import SQP
 from sartor.systems import panda
 from sartor.tracking import Control, Loop, Tracker
 from sartor.train import mean_loss, rollout_loss
+from sartor.truth import Ranks, along, diagonal_regret, ranks
 
 STEPS = WINDOW  # control steps that a branch runs on
 EPS = 0.5  # [Nm]
@@ -118,18 +118,17 @@ def _label_all(tracker: Tracker, points: list[np.ndarray], curvature: str, tau: 
 
 def correlations(files: list[list[Path]], num_steps: int) -> list[dict[str, Any]]:
     """Rank correlations of labels of the first steps with the truth, mean over models, each with its files."""
-    rows: dict[tuple[str, str], list[dict]] = {}
+    rows: dict[tuple[str, str], list[Ranks]] = {}
     for of_model in files:
         parts = [load_arrays(file) for file in of_model]
         data = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         data = {name: value[data["ok"]] for name, value in data.items()}
         for key, (estimate, true) in _compared(data, num_steps).items():
-            known = np.isfinite(estimate).all(1) & np.isfinite(true).all(1)
-            rows.setdefault(key, []).append(_ranks(estimate[known], true[known]))
-    mean = lambda found, key: float(np.mean([row[key] for row in found]))
+            rows.setdefault(key, []).append(ranks(estimate, true))
+    mean = lambda found, key: float(np.mean([getattr(row, key) for row in found]))
     return [
-        {"variant": variant, "quantity": quantity, "n": sum(row["n"] for row in found)}
-        | {key: mean(found, key) for key in ("overall", "joints", "samples")}
+        {"variant": variant, "quantity": quantity, "n": sum(row.n for row in found)}
+        | {"overall": mean(found, "overall"), "joints": mean(found, "within"), "samples": mean(found, "across")}
         for (variant, quantity), found in rows.items()
     ]
 
@@ -141,7 +140,6 @@ def _compared(data: dict[str, np.ndarray], num_steps: int) -> dict[tuple[str, st
     du0_de, du0_derror = first(data["du0_de"]), first(data["du0_derror"])
     diagonal = np.diagonal(data["Lambda"], axis1=1, axis2=2)
     effective = 0.5 * sum(np.abs(slope + sign * 0.1 * curvature) for sign in (-1, 1))
-    along = lambda g, sensitivity: np.abs(np.einsum("bj,bjx->bx", g, sensitivity))
     S, true = first(data["S"]), along(slope, du0_de)
     defect = {
         "ours": S, "ours, sum of magnitudes": np.abs(g[:, :, None] * du0_de).sum(1),
@@ -155,31 +153,12 @@ def _compared(data: dict[str, np.ndarray], num_steps: int) -> dict[tuple[str, st
         ("ours: |dJ/du|", "|slope|"): (g, np.abs(slope)),
         ("ours: |dJ/du|", "effective slope"): (g, effective),
         ("regret, diagonal of Λ", "regret, true curvature"): (
-            _regret(du0_de, diagonal), _regret(du0_de, np.maximum(curvature, 0.0))
+            diagonal_regret(du0_de, diagonal), diagonal_regret(du0_de, np.maximum(curvature, 0.0))
         ),
         ("ours, trajectory error", "S of eq. 4, trajectory error"): (
             along(g, du0_derror), along(slope, du0_derror)
         ),
     } | {(name, "S of eq. 4"): (estimate, true) for name, estimate in defect.items()}  # fmt: skip
-
-
-def _regret(sensitivity: np.ndarray, curvature: np.ndarray) -> np.ndarray:
-    """√(Σ_i curvature_i (du_0[i]/de)²): branches move one joint at a time and so tell no more than the diagonal."""
-    return np.sqrt(np.einsum("bix,bi->bx", sensitivity**2, curvature))
-
-
-def _ranks(estimate: np.ndarray, true: np.ndarray) -> dict[str, float]:
-    def rank(a: np.ndarray, b: np.ndarray) -> float:
-        return np.nan if np.ptp(a) == 0 or np.ptp(b) == 0 else float(np.asarray(spearmanr(a, b))[0])
-
-    def mean(estimate: np.ndarray, true: np.ndarray) -> float:
-        ranks = np.array([rank(a, b) for a, b in zip(estimate, true, strict=True)])
-        return float(ranks[np.isfinite(ranks)].mean()) if np.isfinite(ranks).any() else np.nan
-
-    overall = rank(estimate.ravel(), true.ravel())
-    return {
-        "overall": overall, "joints": mean(estimate, true), "samples": mean(estimate.T, true.T), "n": len(estimate)
-    }  # fmt: skip
 
 
 def agreement(

@@ -69,7 +69,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     ),
     "paper": dict(levels=tuple(LEVELS), methods=METHODS, seeds=10, others=5, iterations=300, newton_iterations=60),
 }  # fmt: skip
-_RIDGE = 1e-2
+_RIDGE, _RIDGE_WITH_PRODUCTS = 1e-2, 1e-4
 _HOPELESS = 2  # rollouts without a solve in a row
 _POPULATION = 17  # of CMA-ES: its default for 94 parameters
 
@@ -237,7 +237,7 @@ def _recipes() -> dict[Method, Recipe]:
         "reidentified": Recipe(published(e.Model()), again),
         "reidentified.monotone": Recipe(Descent(e.Model(), float(_rate(0))), again),
         "gauss_newton": Recipe(GaussNewton()),
-        "gauss_newton.corrected": Recipe(GaussNewton(), {"ridge": _RIDGE}),
+        "gauss_newton.corrected": Recipe(GaussNewton(), {"ridge": _RIDGE_WITH_PRODUCTS, "products": True}),
         "gauss_newton.exact": Recipe(GaussNewton(), exact),
         "model.exact": Recipe(published(e.Model()), exact),
     }

@@ -1,0 +1,105 @@
+"""Settings of the racing experiment, and its fine-tunings."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NamedTuple
+
+import tyro
+
+from sartor.experiments.presets import check_least, filled
+
+Weighting = Literal["ones", "stand", "norm", "ours", "ours_avg", "ours_shuffled", "regret"]
+WEIGHTINGS: tuple[Weighting, ...] = Weighting.__args__
+_PRESETS: dict[str, dict[str, Any]] = {
+    "smoke": dict(
+        tracks=1, tests=1, seeds=1, sizes=(4,), rollouts=(4,), weightings=("stand", "ours"), horizon=20, gather=120,
+        steps=90, stride=20, pretrain_epochs=2, epochs=1, map_horizon=20, map_steps=90, truth=2,
+    ),
+    "quick": dict(
+        tracks=4, tests=2, seeds=1, sizes=(8,), rollouts=(20,), weightings=("stand", "ours", "ours_shuffled"),
+        horizon=40, gather=1200, steps=600, stride=6, pretrain_epochs=150, epochs=20, map_horizon=80, map_steps=480,
+        truth=20,
+    ),
+    "paper": dict(
+        tracks=4, tests=8, seeds=5, sizes=(4, 8, 16, 32), rollouts=(20, 4, 40), weightings=WEIGHTINGS, horizon=40,
+        gather=2400, steps=1200, stride=4, pretrain_epochs=300, epochs=30, map_horizon=80, map_steps=480, truth=30,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Config:
+    """The racing car. Numbers that are 0 and what is empty come from the preset."""
+
+    experiment: Annotated[Literal["f1tenth"], tyro.conf.Suppress] = "f1tenth"
+    """Which experiment."""
+    preset: Literal["smoke", "quick", "paper"] = "quick"
+    """`smoke` is for tests, `quick` takes minutes, `paper` hours."""
+    tracks: int = 0
+    """Tracks of the data."""
+    tests: int = 0
+    """Held-out tracks, each with friction of its own."""
+    seeds: int = 0
+    """Networks to begin with, and orders of the samples."""
+    sizes: tuple[int, ...] = ()
+    """Hidden units of the networks."""
+    rollouts: tuple[int, ...] = ()
+    """Lengths p of the rollouts in the loss; sizes but the second are compared at the first alone."""
+    weightings: tuple[Weighting, ...] = ()
+    """Loss weights to compare; `stand` is what the others are compared with."""
+    horizon: int = 0
+    """Of the MPC, in steps of 0.033 s."""
+    gather: int = 0
+    """Control steps of a gentle drive."""
+    steps: int = 0
+    """Control steps of a drive by the MPC."""
+    stride: int = 0
+    """Every so many samples of those are used."""
+    map_horizon: int = 0
+    """Of the MPC whose labels are mapped along a lap."""
+    map_steps: int = 0
+    """Control steps of its drive."""
+    truth: int = 0
+    """Moments on each held-out track at which the plant is branched."""
+    pretrain_epochs: int = 0
+    """Passes over the gentle drives."""
+    epochs: int = 0
+    """Passes over the others."""
+    learning_rate: float = 1e-3
+    """Of fine-tuning."""
+    batch: int = 64
+    """Samples of a gradient step."""
+    workers: int = 2
+    """Processes, one for each core; 0: do all in this one."""
+
+    def __post_init__(self):
+        names = ("tracks", "tests", "seeds", "sizes", "rollouts", "horizon", "gather", "steps", "stride", "workers",
+                 "pretrain_epochs", "epochs", "map_horizon", "map_steps", "truth")  # fmt: skip
+        check_least(self, 0, *names)
+        check_least(self, 1, "batch")
+
+    @property
+    def middle(self) -> int:
+        """The size that drives, and that the lengths of rollouts are compared at."""
+        return self.sizes[len(self.sizes) // 2]
+
+    def resolved(self) -> "Config":
+        """The same with the numbers of the preset filled in."""
+        config = filled(self, _PRESETS[self.preset])
+        longest = max(max(config.rollouts), config.horizon)
+        if config.steps <= longest:
+            raise ValueError(f"steps must be more than {longest}, the horizon and the longest rollout.")
+        return config
+
+
+class Trial(NamedTuple):
+    """One fine-tuning."""
+
+    size: int
+    p: int
+    weighting: Weighting
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return f"{self.size}-{self.p}-{self.weighting}-{self.seed}"

@@ -1,0 +1,182 @@
+"""Jobs of the racing experiment: drives, models, labels, fine-tuning and races."""
+
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sartor import racing
+from sartor.experiments.f1tenth_config import Config, Trial, Weighting
+from sartor.experiments.f1tenth_world import PENALTY, gentle, plant, track
+from sartor.files import load_arrays, load_tree, save_arrays, save_tree, write_json
+from sartor.models.vehicle import AbstractVehicle, Corrected, Kinematic, LinearTyre, SingleTrack, corrected, f1tenth
+from sartor.racing_labels import label_windows
+from sartor.racing_training import PREDICTED, CarSamples, Drive, cut, loss_on
+from sartor.solution import RESULTS
+from sartor.systems import racing_car
+from sartor.train import Config as Training
+from sartor.train import optimise
+from sartor.weights import Weights, constant, from_factors, from_labels
+
+_PRETRAIN_STEPS = 10  # p of the rollouts in pretraining
+
+
+def gather(output: Path, number: int, config: Config, monitor: Any) -> None:
+    """A gentle drive around a training track."""
+    _save_drive(output, *gentle(number, config.gather, seed=number))
+
+
+def pretrain(output: Path, size: int, seed: int, config: Config, monitor: Any) -> None:
+    """A network on the gentle drives."""
+    samples = cut(_drives(output.parents[1] / "gather", config), _PRETRAIN_STEPS)
+    weights = _weights("stand", samples, {}, _PRETRAIN_STEPS, 0)
+    training = Training(config.pretrain_epochs, config.batch, learning_rate=5e-3, seed=seed)
+    begin = corrected(linear(), size, jax.random.key(seed))
+    model, _ = optimise(_loss(config.tracks), begin, (samples, weights), training, monitor=monitor)
+    save_tree(output, model.network)
+
+
+def drive(output: Path, number: int, config: Config, monitor: Any) -> None:
+    """The MPC with a pretrained model, as fast as it can."""
+    model = load(output.parents[1], config.middle, 0)
+    ran = _race(model, number, config, config.steps)
+    _save_drive(output, *map(np.asarray, (ran.xs, ran.us, ran.contact)))
+
+
+def label(output: Path, size: int, seed: int, config: Config, monitor: Any) -> None:
+    """Labels of the samples of fine-tuning under a pretrained model."""
+    model = load(output.parents[1], size, seed)
+    samples = tuning_samples(output.parents[1], config)
+    parts, begun = [], time.perf_counter()
+    for number in range(config.tracks):
+        on = samples.take(samples.track == number)
+        xs = np.concatenate([on.x0[:, None], on.xs], 1)[:, : config.horizon + 1]
+        theta = racing_car.Theta(model, track(number))
+        parts.append(label_windows(theta, config.horizon, xs, on.us[:, : config.horizon]))
+        monitor(number + 1, config.tracks)
+    S, du0_de, Lambda, _, ok = (np.concatenate(column) for column in zip(*parts, strict=True))
+    rate = samples.size / (time.perf_counter() - begun)
+    single = np.float32
+    save_arrays(output, S=S.astype(single), du0_de=du0_de.astype(single), Lambda=Lambda, ok=ok, rate=np.array(rate))
+
+
+def tune(output: Path, trial: Trial, config: Config, monitor: Any) -> None:
+    """Fine-tune, and race on the held-out tracks."""
+    folder, begun = output.parents[1], time.perf_counter()
+    samples, labels = tuning_samples(folder, config), load_arrays(folder / "labels" / f"{trial.size}-{trial.seed}.npz")
+    ok = labels["ok"]
+    samples, labels = samples.take(ok), {name: labels[name][ok] for name in ("S", "du0_de", "Lambda")}
+    weights = _weights(trial.weighting, samples, labels, trial.p, trial.seed)
+    model = load(folder, trial.size, trial.seed)
+    training = Training(config.epochs, config.batch, learning_rate=config.learning_rate, seed=trial.seed)
+    watch = lambda done, total: monitor(done, 2 * total)
+    model, curve = optimise(_loss(config.tracks), model, (samples, weights), training, monitor=watch)
+    save_tree(output.with_suffix(".npz"), model.network)
+    rows = _tested(model, config)
+    took = time.perf_counter() - begun
+    content = [{**trial._asdict(), "method": trial.weighting, "loss": curve.train[-1], "time": took, **r} for r in rows]
+    write_json(output, content)
+
+
+def baseline(output: Path, name: str, config: Config, monitor: Any) -> None:
+    """Race with a model that is not fine-tuned."""
+    kind, _, number = name.partition("-")
+    size, _, seed = number.partition("-")
+    known: dict[str, AbstractVehicle] = {
+        "linear": linear(), "kinematic": Kinematic(), "published": f1tenth(), "oracle": plant(0).vehicle,
+    }  # fmt: skip
+    model = known.get(kind) or load(output.parents[1], int(size), int(seed))
+    begun = time.perf_counter()
+    rows = _tested(model, config)
+    about = {"size": int(size or 0), "p": 0, "weighting": "", "seed": int(seed or 0), "method": kind, "loss": None}
+    write_json(output, [{**about, "time": time.perf_counter() - begun, **row} for row in rows])
+
+
+def _tested(model: AbstractVehicle, config: Config) -> list[dict[str, Any]]:
+    """One row for each held-out track."""
+    rows = []
+    for test in range(config.tests):
+        ran = _race(model, -1 - test, config, config.steps)
+        s, touching = np.asarray(ran.xs[:, 0]), np.asarray(ran.contact) > 0
+        lap = float(racing.crossings(s, np.array([track(-1 - test).length]))[0])
+        rate = float(s[-1]) / (racing_car.DT * config.steps)  # [m/s]
+        seconds = racing_car.DT * float(touching.sum())
+        # Time for a lap's length at the mean speed, and what contact with walls costs.
+        J = float(track(-1 - test).length) * (1.0 / rate + PENALTY * seconds / float(s[-1])) if s[-1] > 1 else None
+        failed = int(jnp.sum(ran.results != RESULTS.successful))
+        contacts = int(np.sum(touching[1:] & ~touching[:-1]))
+        rows.append({
+            "test": test, "J": J, "lap": lap if np.isfinite(lap) else None, "distance": float(s[-1]),
+            "contact": seconds, "contacts": contacts, "failed": failed,
+        })  # fmt: skip
+    return rows
+
+
+def _race(model: AbstractVehicle, number: int, config: Config, steps: int) -> racing.Race:
+    theta = racing_car.Theta(model, track(number))
+    begin = racing_car.at_rest(0.0, 2.0)
+    return racing.race(
+        plant(number), racing_car.controller(theta, config.horizon), begin, steps, jax.random.key(number + 100)
+    )
+
+
+def _weights(
+    weighting: Weighting, samples: CarSamples, labels: dict[str, np.ndarray], num_steps: int, seed: int
+) -> Weights:
+    x = samples.xs.reshape(-1, samples.xs.shape[-1])
+    same = lambda sizes: constant(np.where(PREDICTED, sizes, 1.0), samples.size, num_steps, PREDICTED)
+    if weighting == "ones":
+        return same(np.ones(x.shape[1]))
+    if weighting == "stand":
+        return same(1.0 / np.maximum(x.std(0), 1e-9))
+    if weighting == "norm":
+        return same(1.0 / np.maximum(np.ptp(x, 0), 1e-9))
+    if weighting == "regret":
+        values, vectors = np.linalg.eigh(labels["Lambda"])
+        root = np.einsum("bij,bj,bkj->bik", vectors, np.sqrt(np.maximum(values, 0.0)), vectors)
+        return from_factors(np.einsum("bij,bjkx->bikx", root, labels["du0_de"]), num_steps, PREDICTED, quantile=0.98)
+    S = np.asarray(labels["S"], float)
+    if weighting == "ours_avg":
+        S = np.broadcast_to(S.mean(0), S.shape)
+    elif weighting == "ours_shuffled":
+        S = S[np.random.default_rng(seed).permutation(len(S))]
+    return from_labels(S, num_steps, PREDICTED, quantile=0.98)
+
+
+def linear() -> SingleTrack:
+    """What a user without tyre data has."""
+    return SingleTrack(front=LinearTyre(), rear=LinearTyre())
+
+
+@cache
+def _loss(tracks: int) -> Any:
+    return loss_on([track(i) for i in range(tracks)])
+
+
+def model_file(out: Path, size: int, seed: int) -> Path:
+    """Of a pretrained network."""
+    return out / "pretrained" / f"{size}-{seed}.npz"
+
+
+def load(out: Path, size: int, seed: int) -> Corrected:
+    """A pretrained model of the run."""
+    like = corrected(linear(), size, jax.random.key(0))
+    return eqx.tree_at(lambda model: model.network, like, load_tree(model_file(out, size, seed), like.network))
+
+
+def _save_drive(path: Path, xs: np.ndarray, us: np.ndarray, contact: np.ndarray) -> None:
+    save_arrays(path, xs=xs, us=us, clear=np.concatenate([[True], contact <= 0.0]))
+
+
+def _drives(folder: Path, config: Config) -> list[Drive]:
+    return [Drive(**load_arrays(folder / f"{i}.npz"), track=i) for i in range(config.tracks)]  # pyright: ignore
+
+
+def tuning_samples(out: Path, config: Config) -> CarSamples:
+    """Those of fine-tuning: long enough for a label and for the longest rollout."""
+    return cut(_drives(out / "drives", config), max(config.horizon, *config.rollouts), config.stride)

@@ -1,0 +1,169 @@
+"""What the labels of the racing experiment see: a map of a lap, the phases of a lap, and the truth by branching."""
+
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from sartor import racing
+from sartor.experiments import f1tenth_jobs as jobs
+from sartor.experiments.f1tenth_config import Config
+from sartor.experiments.f1tenth_world import plant, track
+from sartor.files import load_arrays, save_arrays, write_json
+from sartor.models.vehicle import AbstractVehicle, f1tenth
+from sartor.racing_labels import PHASES, SOLVER, label_drive, label_windows, phases, shares
+from sartor.racing_training import PREDICTED, CarSamples, rollout_errors
+from sartor.solution import guess
+from sartor.solve import solve
+from sartor.systems import racing_car
+from sartor.systems.racing_car import Theta
+from sartor.track import Track
+from sartor.truth import along, diagonal_regret, ranks
+from sartor.weights import explained
+
+STEPS_ON = 60  # control steps of a branch, 2 s
+STEP = (0.1, 0.02)  # by which controls are moved [m/s, rad]
+_SHOWN = 0  # track of the maps: the first held-out one
+_POINTS = 200  # of a line of the track
+_BEGIN = 60  # control steps that a drive takes to come to speed
+
+
+def lap_map(output: Path, config: Config, monitor: Any) -> None:
+    """One flying lap on a held-out track under the published tyres, with labels at every control step."""
+    number = -1 - _SHOWN
+    here, theta = track(number), Theta(f1tenth(), track(number))
+    driver = racing_car.controller(theta, config.map_horizon)
+    ran = racing.race(plant(number), driver, racing_car.at_rest(0.0, 2.0), config.map_steps, jax.random.key(1))
+    xs, us, N = np.asarray(ran.xs), np.asarray(ran.us), config.map_horizon
+    end = min(_BEGIN + int(np.sum(xs[_BEGIN:, 0] < xs[_BEGIN, 0] + float(here.length))), len(us) - N + 1)
+    labels = label_drive(theta, N, xs[_BEGIN : end + N], us[_BEGIN : end + N - 1])
+    monitor(2, 3)
+    ahead = np.arange(_BEGIN, end)[:, None] + np.arange(N + 1)
+    plans = _plans(theta, N, jnp.asarray(xs[ahead]), jnp.asarray(us[ahead[:, :-1]]))
+    x, sides = xs[_BEGIN:end], _lines(here)
+    save_arrays(
+        output, xs=xs[_BEGIN : end + 1], xy=_places(here, x), plan=_places(here, np.asarray(plans)).astype(np.float32),
+        heading=np.asarray(jax.vmap(here.heading_at)(jnp.asarray(x[:, 0]))) + x[:, 2], S=labels.S.astype(np.float32),
+        ok=labels.ok, phase=phases(here, x[:, 0]), size=_sizes(output.parent, config), **sides,
+    )  # fmt: skip
+
+
+def lap_phases(output: Path, config: Config, monitor: Any) -> None:
+    """Which state matters in which phase, under every pretrained model of the first seed."""
+    out = output.parent
+    samples, sizes, rows, means = jobs.tuning_samples(out, config), _sizes(out, config), [], []
+    for done, size in enumerate(config.sizes):
+        labels = load_arrays(out / "labels" / f"{size}-0.npz")
+        for number in range(config.tracks):
+            mine = samples.track == number
+            ok = mine & labels["ok"]
+            S, phase = labels["S"][ok], phases(track(number), samples.x0[ok, 0])
+            about = {"model": f"pretrained, {size} hidden", "track": number}
+            rows += [
+                {**about, "phase": name, "samples": int(np.sum(phase == name)), "shares": share.tolist()}
+                for name, share in shares(S, phase, sizes).items()
+            ]
+            means.append({
+                **about, "labels": int(mine.sum()), "failed": int(np.sum(mine & ~labels["ok"])),
+                "mean": explained(S * sizes), "phase": _explained_by(S * sizes, phase), "rate": float(labels["rate"]),
+            })  # fmt: skip
+        monitor(done + 1, len(config.sizes))
+    write_json(output, {"states": racing_car.STATES, "rows": rows, "explained": means})
+
+
+def branched(output: Path, test: int, config: Config, monitor: Any) -> None:
+    """Slopes and curvatures of the closed loop at some moments of a race of the middle model, and the labels there."""
+    out, number = output.parents[1], -1 - test
+    model = jobs.load(out, config.middle, 0)
+    driver, begin = racing_car.controller(Theta(model, track(number)), config.horizon), racing_car.at_rest(0.0, 2.0)
+    steps, key = config.steps, jax.random.key(number + 100)
+    ran = racing.race(plant(number), driver, begin, steps, key)
+    xs, us = np.asarray(ran.xs), np.asarray(ran.us)
+    at = np.linspace(_BEGIN, steps - config.horizon - 1, config.truth).astype(int)
+    monitor(1, 3)
+    found = racing.branches(plant(number), driver, begin, steps, key, jnp.asarray(at), STEPS_ON, jnp.asarray(STEP))
+    monitor(2, 3)
+    ahead = at[:, None] + np.arange(config.horizon + 1)
+    labels = label_windows(Theta(model, track(number)), config.horizon, xs[ahead], us[ahead[:, :-1]])
+    slope, curvature = (np.asarray(leaf) for leaf in found)
+    save_arrays(output, slope=slope, curvature=curvature, x=xs[at], **labels._asdict())
+
+
+def truth(output: Path, files: list[Path], config: Config, monitor: Any) -> None:
+    """Rank correlations of labels with what branching has shown."""
+    parts = [load_arrays(file) for file in files]
+    data = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    data = {name: value[data["ok"]] for name, value in data.items()}
+    flat = lambda values: values[..., np.array(PREDICTED)].reshape(*values.shape[:-2], -1)
+    S, du0_de = flat(data["S"]), flat(data["du0_de"])
+    diagonal = np.diagonal(data["Lambda"], axis1=1, axis2=2)
+    true = along(data["slope"], du0_de)
+    compared = {
+        ("|dJ/du|", "|slope|"): (data["dJ_du0"], np.abs(data["slope"])),
+        ("Λ, diagonal", "curvature"): (diagonal, data["curvature"]),
+        ("regret, diagonal of Λ", "regret, true curvature"): (
+            diagonal_regret(du0_de, diagonal), diagonal_regret(du0_de, np.maximum(data["curvature"], 0.0))
+        ),
+        ("ours", "S of eq. 4"): (S, true),
+        ("ours_avg", "S of eq. 4"): (np.broadcast_to(S.mean(0), S.shape), true),
+        ("ours_shuffled", "S of eq. 4"): (S[np.random.default_rng(0).permutation(len(S))], true),
+    }  # fmt: skip
+    rows = [
+        {
+            "variant": variant,
+            "quantity": quantity,
+            "n": r.n,
+            "overall": r.overall,
+            "steps": r.within,
+            "samples": r.across,
+        }
+        for (variant, quantity), r in ((key, ranks(*pair)) for key, pair in compared.items())
+    ]
+    write_json(output, {"rows": rows})
+
+
+@eqx.filter_jit
+def _plans(theta: Theta, horizon: int, xs: Array, us: Array) -> Array:
+    """States of the MPC's plans (B, N+1, 9), sought near executed trajectories."""
+    plan = lambda xs, us: (
+        solve(racing_car.problem(horizon), theta, xs[0], solver=SOLVER, guess=guess(xs, us), throw=False).xs
+    )
+    return jax.vmap(plan)(xs, us)
+
+
+def _places(here: Track, xs: np.ndarray) -> np.ndarray:
+    """x and y [m] of states (..., 9)."""
+    flat = jnp.asarray(xs.reshape(-1, 9))
+    return np.asarray(jax.vmap(here.place)(flat[:, 0], flat[:, 1])).reshape(*xs.shape[:-1], 2)
+
+
+def _lines(here: Track) -> dict[str, np.ndarray]:
+    """Centreline and walls, (K, 2) each."""
+    s = jnp.linspace(0.0, here.length, _POINTS)
+    left, right = jax.vmap(here.walls_at)(s)
+    offsets = {"centre": jnp.zeros_like(s), "left": left, "right": -right}
+    return {name: np.asarray(jax.vmap(here.place)(s, n)) for name, n in offsets.items()}
+
+
+def _sizes(out: Path, config: Config) -> np.ndarray:
+    """Of an error of each state: root mean square after one step, of the middle model on the drives (9,)."""
+    samples, model = jobs.tuning_samples(out, config), jobs.load(out, config.middle, 0)
+    squares = [
+        _one_step(model, track(number), samples.take(samples.track == number)) for number in range(config.tracks)
+    ]
+    return np.sqrt(np.mean(np.concatenate(squares), 0))
+
+
+def _one_step(model: AbstractVehicle, here: Track, samples: CarSamples) -> np.ndarray:
+    errors = jax.vmap(lambda x0, us, xs: rollout_errors(model, here, x0, us, xs)[0])
+    return np.asarray(errors(samples.x0, samples.us[:, :1], samples.xs[:, :1])) ** 2
+
+
+def _explained_by(S: np.ndarray, phase: np.ndarray) -> float:
+    """Share of the energy of labels that the mean map of each phase explains."""
+    rest = sum(np.sum((S[phase == name] - S[phase == name].mean(0)) ** 2) for name in PHASES if np.any(phase == name))
+    return float(1.0 - rest / np.sum(S**2))
