@@ -102,7 +102,8 @@ def phases(track: Track, s: Float[np.ndarray, " T"]) -> np.ndarray:
 
 
 def shares(S: Float[np.ndarray, "T N 9"], phase: np.ndarray, sizes: Float[np.ndarray, "9"]) -> dict[Phase, np.ndarray]:
-    """Share of each state in Σ (S · size)² of the labels of each phase, with errors of a usual size [its unit]."""
+    """Share of each state in a label's Σ (S · size)², with errors of a usual size [its unit]: the mean over the labels
+    of each phase, so that no single large label speaks for all."""
     energy = np.sum((S * sizes) ** 2, 1)
-    of: dict[Phase, np.ndarray] = {name: energy[phase == name].sum(0) for name in PHASES if np.any(phase == name)}
-    return {name: total / total.sum() for name, total in of.items()}
+    share = energy / np.maximum(energy.sum(1, keepdims=True), 1e-300)
+    return {name: share[phase == name].mean(0) for name in PHASES if np.any(phase == name)}

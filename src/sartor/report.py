@@ -248,5 +248,5 @@ def _clip(report: Report, folder: Path) -> str:
         return ""
     path = folder / "clip.webp"
     if not path.exists():
-        return '<p class="missing">No clip: clip.webp is missing (it takes MuJoCo with OpenGL).</p>'
+        return '<p class="missing">No clip: clip.webp is missing.</p>'
     return f"<p>{html.escape(report.clip)}</p>" + _image(path, "clip")

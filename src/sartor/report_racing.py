@@ -216,14 +216,14 @@ REPORT = Report(
         ),
         Part(
             "phases", "What matters in each phase", "phases.json",
-            "Share of each state in the energy of the labels of a phase, mean over tracks; states below 1 % "
-            "everywhere are left out. In such sums of squares the few largest labels count most.",
+            "Share of each state in the energy of a label, mean over the labels of a phase and over tracks; states below "
+            "1 % everywhere are left out.",
             _phases,
         ),
         Part(
             "explained", "How much depends on the sample", "phases.json",
-            "Share of the energy of the labels that their mean over all samples explains, and their mean in each "
-            "phase. What is left changes from sample to sample.",
+            "Share of the energy of the labels, clipped as in training, that their mean over all samples explains, and "
+            "their mean in each phase. What is left changes from sample to sample.",
             _explained,
         ),
         Part(

@@ -42,6 +42,7 @@ def run(config: Config, out: Path, monitor: Monitor | None = None, command: str 
         seen = [Job(out / "maps.npz", maps.lap_map, (config,)), Job(out / "phases.json", maps.lap_phases, (config,))]
         workers.run("map", [*seen, *branches])
         workers.run("truth", [Job(out / "truth.json", maps.truth, ([job.output for job in branches], config))])
+        workers.run("clip", [Job(out / "clip.webp", maps.film, (config,))])
         names = zip(baselines, _baselines(config), strict=True)
         workers.run("baselines", [Job(file, jobs.baseline, (name, config)) for file, name in names])
         workers.run("tune", [Job(file, jobs.tune, (trial, config)) for file, trial in zip(files, trials, strict=True)])

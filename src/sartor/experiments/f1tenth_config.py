@@ -43,7 +43,7 @@ class Config:
     sizes: tuple[int, ...] = ()
     """Hidden units of the networks."""
     rollouts: tuple[int, ...] = ()
-    """Lengths p of the rollouts in the loss; sizes but the second are compared at the first alone."""
+    """Lengths p of the rollouts in the loss; sizes but the middle one are compared at the first alone."""
     weightings: tuple[Weighting, ...] = ()
     """Loss weights to compare; `stand` is what the others are compared with."""
     horizon: int = 0

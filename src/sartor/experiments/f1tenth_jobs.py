@@ -24,6 +24,8 @@ from sartor.train import optimise
 from sartor.weights import Weights, constant, from_factors, from_labels
 
 _PRETRAIN_STEPS = 10  # p of the rollouts in pretraining
+QUANTILE = 0.98
+"""Where labels are clipped: single ones are a hundred times as large as most."""
 
 
 def gather(output: Path, number: int, config: Config, monitor: Any) -> None:
@@ -139,13 +141,13 @@ def _weights(
     if weighting == "regret":
         values, vectors = np.linalg.eigh(labels["Lambda"])
         root = np.einsum("bij,bj,bkj->bik", vectors, np.sqrt(np.maximum(values, 0.0)), vectors)
-        return from_factors(np.einsum("bij,bjkx->bikx", root, labels["du0_de"]), num_steps, PREDICTED, quantile=0.98)
+        return from_factors(np.einsum("bij,bjkx->bikx", root, labels["du0_de"]), num_steps, PREDICTED, quantile=QUANTILE)
     S = np.asarray(labels["S"], float)
     if weighting == "ours_avg":
         S = np.broadcast_to(S.mean(0), S.shape)
     elif weighting == "ours_shuffled":
         S = S[np.random.default_rng(seed).permutation(len(S))]
-    return from_labels(S, num_steps, PREDICTED, quantile=0.98)
+    return from_labels(S, num_steps, PREDICTED, quantile=QUANTILE)
 
 
 def linear() -> SingleTrack:

@@ -62,6 +62,7 @@ def lap_phases(output: Path, config: Config, monitor: Any) -> None:
             mine = samples.track == number
             ok = mine & labels["ok"]
             S, phase = labels["S"][ok], phases(track(number), samples.x0[ok, 0])
+            clipped = np.minimum(S, np.quantile(S, jobs.QUANTILE)) * sizes  # as in training
             about = {"model": f"pretrained, {size} hidden", "track": number}
             rows += [
                 {**about, "phase": name, "samples": int(np.sum(phase == name)), "shares": share.tolist()}
@@ -69,10 +70,17 @@ def lap_phases(output: Path, config: Config, monitor: Any) -> None:
             ]
             means.append({
                 **about, "labels": int(mine.sum()), "failed": int(np.sum(mine & ~labels["ok"])),
-                "mean": explained(S * sizes), "phase": _explained_by(S * sizes, phase), "rate": float(labels["rate"]),
+                "mean": explained(clipped), "phase": _explained_by(clipped, phase), "rate": float(labels["rate"]),
             })  # fmt: skip
         monitor(done + 1, len(config.sizes))
     write_json(output, {"states": racing_car.STATES, "rows": rows, "explained": means})
+
+
+def film(output: Path, config: Config, monitor: Any) -> None:
+    """The map as a moving picture."""
+    from sartor.figures.racing import clip  # here: matplotlib takes a second that other commands save
+
+    clip(load_arrays(output.parent / "maps.npz"), output)
 
 
 def branched(output: Path, test: int, config: Config, monitor: Any) -> None:
