@@ -216,8 +216,8 @@ REPORT = Report(
         ),
         Part(
             "phases", "What matters in each phase", "phases.json",
-            "Share of each state in the energy of a label, mean over the labels of a phase and over tracks; states below "
-            "1 % everywhere are left out.",
+            "Share of each state in the energy of a label, mean over the labels of a phase and over tracks; states "
+            "below 1 % everywhere are left out.",
             _phases,
         ),
         Part(

@@ -15,8 +15,8 @@ from sartor.tables import Grid
 def _summary(content: dict[str, Any]) -> Grid:
     """One line for each level and method."""
     header = ["mismatch", "method", "seeds", "lowest merit: mean", "sd", "above the cheapest trajectory [%]",
-              "above exact [%]", "last merit: median", "last violation: worst", "rollouts to the hybrid's lowest",
-              "seeds that diverge", "refused", "s a rollout"]  # fmt: skip
+              "above exact [%]", "violation there: worst", "last merit: median", "last violation: worst",
+              "rollouts to the hybrid's lowest", "seeds that diverge", "refused", "s a rollout"]  # fmt: skip
     rows, body = [r for r in content.get("rows", []) if r["data"] == 0], []
     if not rows:
         return Grid(header, body)
@@ -34,6 +34,7 @@ def _summary(content: dict[str, Any]) -> Grid:
         body.append([
             level, method, str(len(mine)), f"{best.mean():.1f}", f"{best.std(ddof=1):.1f}" if len(best) > 1 else "–",
             f"{100 * (best.mean() / optimum - 1):.2f}", f"{100 * (best.mean() / bound - 1):+.2f}",
+            f"{max(_violation(r) for r in mine):.1g}",
             f"{np.median([m for m, _ in last]):.4g}", f"{max(v for _, v in last):.2g}", times,
             str(sum(_diverges(r) for r in mine)), f"{sum(len(r['taken']) - sum(r['taken']) for r in mine)}",
             f"{np.median([r['time'] / r['rollouts'][-1] for r in mine]):.2f}",
@@ -55,6 +56,11 @@ def _other_data(content: dict[str, Any]) -> Grid:
             str(sum(_diverges(r) for r in mine)),
         ])  # fmt: skip
     return Grid(header, body)
+
+
+def _violation(row: dict[str, Any]) -> float:
+    """Where the merit is lowest."""
+    return row["violation"][int(lowest(row).argmin())]
 
 
 def _last(row: dict[str, Any]) -> tuple[float, float]:
@@ -111,5 +117,5 @@ REPORT = Report(
             ["diverges", "the parameters taken last are three times worse than those to begin with"],
         ],
     ),
-    lambda files: tables.for_terminal(_summary(files.get("trials.json", {})), (0, 1, 3, 4, 5, 8, 9)),
+    lambda files: tables.for_terminal(_summary(files.get("trials.json", {})), (0, 1, 3, 4, 5, 7, 10)),
 )  # fmt: skip

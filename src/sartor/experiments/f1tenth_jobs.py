@@ -141,7 +141,9 @@ def _weights(
     if weighting == "regret":
         values, vectors = np.linalg.eigh(labels["Lambda"])
         root = np.einsum("bij,bj,bkj->bik", vectors, np.sqrt(np.maximum(values, 0.0)), vectors)
-        return from_factors(np.einsum("bij,bjkx->bikx", root, labels["du0_de"]), num_steps, PREDICTED, quantile=QUANTILE)
+        return from_factors(
+            np.einsum("bij,bjkx->bikx", root, labels["du0_de"]), num_steps, PREDICTED, quantile=QUANTILE
+        )
     S = np.asarray(labels["S"], float)
     if weighting == "ours_avg":
         S = np.broadcast_to(S.mean(0), S.shape)

@@ -144,7 +144,8 @@ def run(config: Config, out: Path, monitor: Monitor | None = None, command: str 
         workers.run("bound", [Job(out / "bound.json", bound, ())])
         workers.run("tune", [Job(file, tuned, (trial, config)) for file, trial in zip(files, trials, strict=True)])
         optimum = read_json(out / "bound.json")
-        write_json(out / "trials.json", {"optimum": optimum, "rows": [read_json(file) for file in files]})
+        rows = [read_json(file) for file in files]
+        write_json(out / "trials.json", {"optimum": optimum, "rows": rows}, indent=None)  # long lists of numbers
 
 
 def tuned(output: Path, trial: Trial, config: Config, monitor: Any) -> None:
