@@ -8,7 +8,8 @@
     reidentified(.monotone)             the model is fitted anew to all rollouts so far, by ridge regression, and steps
                                         follow its gradient
     gauss_newton                        steps of Gauss and Newton with an exact penalty
-    gauss_newton.corrected              the same, with Jacobians that ridge regression corrects: ours
+    gauss_newton.constant               the same, with Jacobians that ridge regression corrects by constant matrices
+    gauss_newton.corrected              the same, corrected by matrices that change along the way: ours
     gauss_newton.exact, model.exact     with the plant's own Jacobians, as bounds
     cma_es                              without any derivative
 
@@ -49,12 +50,13 @@ from sartor.tuning import AbstractMethod, Descent, GaussNewton, Objective
 Method = Literal[
     "model", "zeroth", "hybrid.25", "hybrid.50", "hybrid.75", "alpha", "inverse_variance", "control_variate",
     "control_variate.monotone", "control_variate.scaled", "reidentified", "reidentified.monotone", "gauss_newton",
-    "gauss_newton.corrected", "gauss_newton.exact", "model.exact", "cma_es",
+    "gauss_newton.constant", "gauss_newton.corrected", "gauss_newton.exact", "model.exact", "cma_es",
 ]  # fmt: skip
 METHODS: tuple[Method, ...] = Method.__args__
 _ALWAYS_THE_SAME: tuple[Method, ...] = ("model", "reidentified", "reidentified.monotone", "model.exact")
 _ON_OTHER_DATA: tuple[Method, ...] = (
-    "model", "hybrid.25", "control_variate.monotone", "gauss_newton.corrected", "gauss_newton.exact",
+    "model", "hybrid.25", "control_variate.monotone", "gauss_newton.constant", "gauss_newton.corrected",
+    "gauss_newton.exact",
 )  # fmt: skip
 _FIRST_OTHER = 11  # seed of data; none of those used here has been left out
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -238,6 +240,7 @@ def _recipes() -> dict[Method, Recipe]:
         "reidentified": Recipe(published(e.Model()), again),
         "reidentified.monotone": Recipe(Descent(e.Model(), float(_rate(0))), again),
         "gauss_newton": Recipe(GaussNewton()),
+        "gauss_newton.constant": Recipe(GaussNewton(), {"ridge": _RIDGE}),
         "gauss_newton.corrected": Recipe(GaussNewton(), {"ridge": _RIDGE_WITH_PRODUCTS, "products": True}),
         "gauss_newton.exact": Recipe(GaussNewton(), exact),
         "model.exact": Recipe(published(e.Model()), exact),

@@ -12,7 +12,8 @@ _LOOKS = {
     "hybrid.75": (MUSTARD, ":"), "alpha": (PURPLE, ":"), "inverse_variance": (PURPLE, "--"),
     "control_variate": (GREEN, ":"), "control_variate.monotone": (GREEN, "-"), "control_variate.scaled": (GREEN, "--"),
     "reidentified": (BLUE, ":"), "reidentified.monotone": (BLUE, "--"), "gauss_newton": (ORANGE, ":"),
-    "gauss_newton.corrected": (ORANGE, "-"), "gauss_newton.exact": (INK, "-"), "model.exact": (INK, ":"),
+    "gauss_newton.constant": (ORANGE, "--"), "gauss_newton.corrected": (ORANGE, "-"), "gauss_newton.exact": (INK, "-"),
+    "model.exact": (INK, ":"),
     "cma_es": (PURPLE, "-"),
 }  # fmt: skip
 
@@ -24,7 +25,7 @@ def merits(content: dict[str, Any]) -> Figure | None:
         return None
     levels, methods = (list(dict.fromkeys(r[key] for r in rows)) for key in ("level", "method"))
     optimum = content["optimum"]["cost"]
-    fig, axes = _by_level(levels, 5.2, "lowest merit so far above the cheapest trajectory [%]", (1.0, 2e3))
+    fig, axes = _by_level(levels, 5.2, "lowest merit so far above the cheapest trajectory [%]", (0.4, 2e3))
     for level, method in ((level, method) for level in levels for method in methods):
         mine = [r for r in rows if (r["level"], r["method"]) == (level, method)]
         if not mine:
@@ -34,7 +35,6 @@ def merits(content: dict[str, Any]) -> Figure | None:
         excess = 100.0 * (np.array([_continued(lowest(r), len(x)) for r in mine]) / optimum - 1.0)
         axes[level].plot(x, np.median(excess, 0), dashes, color=color, lw=1.8, label=method)
         axes[level].fill_between(x, excess.min(0), excess.max(0), color=color, alpha=0.12, lw=0)
-        axes[level].set_xscale("log")
     _key(fig, 5)
     return fig
 
@@ -65,7 +65,7 @@ def _by_level(levels: list[str], height: float, quantity: str, limits: tuple[flo
     fig = Figure(figsize=(2.0 + 3.6 * len(levels), height))
     axes = dict(zip(levels, fig.subplots(1, len(levels), squeeze=False, sharey=True)[0], strict=True))
     for level, ax in axes.items():
-        ax.set(yscale="log", ylim=limits, xlabel="rollouts", title=f"{level} mismatch")
+        ax.set(xscale="log", yscale="log", ylim=limits, xlabel="rollouts", title=f"{level} mismatch")
     axes[levels[0]].set_ylabel(quantity)
     return fig, axes
 
