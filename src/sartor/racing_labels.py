@@ -18,6 +18,7 @@ from sartor.track import Track
 Phase = Literal["straight", "entry", "apex", "exit"]
 PHASES: tuple[Phase, ...] = Phase.__args__
 SOLVER = SQP(max_steps=60)
+_BATCH = 64  # labels that are computed together
 _STRAIGHT = 0.3  # [1/m]
 
 
@@ -45,7 +46,7 @@ def label_drive(
     solver: AbstractSolver = SOLVER,
     **options: Any,
 ) -> DriveLabels:
-    """Labels of the first T + 1 - N states of a drive, all in one batch.
+    """Labels of the first T + 1 - N states of a drive, in batches.
 
     Args:
         theta: Parameters of the controller, with the model that is labelled.
@@ -76,9 +77,14 @@ def label_windows(
 ) -> DriveLabels:
     """The same for pieces of drives as long as the horizon, each labelled at its beginning."""
     check_options(problem(horizon), **options)
-    dtype = jnp.result_type(float)
-    found = _labels(theta, horizon, jnp.asarray(xs, dtype), jnp.asarray(us, dtype), solver, options)
-    return DriveLabels(*(np.asarray(leaf) for leaf in found))
+    dtype, found = jnp.result_type(float), []
+    for begin in range(0, len(us), _BATCH):
+        # The last batch is filled up with its first piece: one shape compiles once, whatever the drive.
+        which = np.arange(begin, begin + _BATCH)
+        which = np.where(which < len(us), which, begin)
+        pieces = (jnp.asarray(pieces[which], dtype) for pieces in (xs, us))
+        found.append([np.asarray(leaf) for leaf in _labels(theta, horizon, *pieces, solver, options)])
+    return DriveLabels(*(np.concatenate(column)[: len(us)] for column in zip(*found, strict=True)))
 
 
 @eqx.filter_jit

@@ -49,6 +49,8 @@ class CarSamples(NamedTuple):
     """(B,), number of the track."""
     step: np.ndarray
     """(B,), control step in its drive."""
+    clear: np.ndarray
+    """(B,), control steps before a wall is touched, at most P."""
 
     @property
     def size(self) -> int:
@@ -60,19 +62,27 @@ class CarSamples(NamedTuple):
         return CarSamples(*(field[which] for field in self))
 
 
-def cut(drives: Sequence[Drive], num_steps: int, stride: int = 1) -> CarSamples:
-    """All samples of so many steps during which no wall is touched, beginning at every `stride`-th step.
+def cut(drives: Sequence[Drive], num_steps: int, stride: int = 1, *, clear: int | None = None) -> CarSamples:
+    """All samples of so many steps, of which at least the first `clear` touch no wall, beginning at every `stride`-th.
+
+    Args:
+        drives: Logs.
+        num_steps: P.
+        stride: Control steps between the beginnings of two samples.
+        clear: Control steps without a wall; P unless given.
 
     Fails: `ValueError` if there is none.
     """
-    found: list[tuple] = []
+    least, found = num_steps if clear is None else clear, []
     for drive in drives:
         for t in range(0, len(drive.us) - num_steps + 1, stride):
             end = t + num_steps
-            if np.all(drive.clear[t : end + 1]):
-                found.append((drive.xs[t], drive.us[t:end], drive.xs[t + 1 : end + 1], drive.track, t))
+            touched = np.flatnonzero(~drive.clear[t : end + 1])
+            free = int(touched[0]) - 1 if touched.size else num_steps
+            if free >= least:
+                found.append((drive.xs[t], drive.us[t:end], drive.xs[t + 1 : end + 1], drive.track, t, free))
     if not found:
-        raise ValueError(f"no drive stays clear of the walls for {num_steps} steps: drive longer, or more slowly.")
+        raise ValueError(f"no drive stays clear of the walls for {least} steps: drive longer, or more slowly.")
     return CarSamples(*map(np.array, zip(*found, strict=True)))
 
 

@@ -12,16 +12,17 @@ WEIGHTINGS: tuple[Weighting, ...] = Weighting.__args__
 _PRESETS: dict[str, dict[str, Any]] = {
     "smoke": dict(
         tracks=1, tests=1, seeds=1, sizes=(4,), rollouts=(4,), weightings=("stand", "ours"), horizon=20, gather=120,
-        steps=90, stride=20, pretrain_epochs=2, epochs=1, map_horizon=20, map_steps=90, truth=2,
+        drive=120, steps=90, stride=20, pretrain_epochs=2, epochs=1, map_horizon=20, map_steps=90, truth=2,
     ),
     "quick": dict(
         tracks=4, tests=2, seeds=1, sizes=(8,), rollouts=(20,), weightings=("stand", "ours", "ours_shuffled"),
-        horizon=40, gather=1200, steps=600, stride=6, pretrain_epochs=150, epochs=20, map_horizon=80, map_steps=480,
-        truth=20,
+        horizon=40, gather=1200, drive=900, steps=450, stride=6, pretrain_epochs=150, epochs=20, map_horizon=80,
+        map_steps=480, truth=20,
     ),
     "paper": dict(
-        tracks=4, tests=8, seeds=5, sizes=(4, 8, 16, 32), rollouts=(20, 4, 40), weightings=WEIGHTINGS, horizon=40,
-        gather=2400, steps=1200, stride=4, pretrain_epochs=300, epochs=30, map_horizon=80, map_steps=480, truth=30,
+        tracks=4, tests=6, seeds=5, sizes=(4, 8, 16), rollouts=(20, 4, 40), weightings=WEIGHTINGS, horizon=40,
+        gather=2400, drive=1800, steps=500, stride=4, pretrain_epochs=300, epochs=30, map_horizon=80,
+        map_steps=480, truth=30,
     ),
 }  # fmt: skip
 
@@ -50,8 +51,10 @@ class Config:
     """Of the MPC, in steps of 0.033 s."""
     gather: int = 0
     """Control steps of a gentle drive."""
+    drive: int = 0
+    """Control steps of a drive by the MPC on a track of the data."""
     steps: int = 0
-    """Control steps of a drive by the MPC."""
+    """Control steps of a race."""
     stride: int = 0
     """Every so many samples of those are used."""
     map_horizon: int = 0
@@ -72,8 +75,8 @@ class Config:
     """Processes, one for each core; 0: do all in this one."""
 
     def __post_init__(self):
-        names = ("tracks", "tests", "seeds", "sizes", "rollouts", "horizon", "gather", "steps", "stride", "workers",
-                 "pretrain_epochs", "epochs", "map_horizon", "map_steps", "truth")  # fmt: skip
+        names = ("tracks", "tests", "seeds", "sizes", "rollouts", "horizon", "gather", "drive", "steps", "stride",
+                 "workers", "pretrain_epochs", "epochs", "map_horizon", "map_steps", "truth")  # fmt: skip
         check_least(self, 0, *names)
         check_least(self, 1, "batch")
 
@@ -86,8 +89,9 @@ class Config:
         """The same with the numbers of the preset filled in."""
         config = filled(self, _PRESETS[self.preset])
         longest = max(max(config.rollouts), config.horizon)
-        if config.steps <= longest:
-            raise ValueError(f"steps must be more than {longest}, the horizon and the longest rollout.")
+        for name in ("drive", "steps"):
+            if getattr(config, name) <= longest:
+                raise ValueError(f"{name} must be more than {longest}, the horizon and the longest rollout.")
         return config
 
 

@@ -23,7 +23,8 @@ from sartor.train import Config as Training
 from sartor.train import optimise
 from sartor.weights import Weights, constant, from_factors, from_labels
 
-_PRETRAIN_STEPS = 10  # p of the rollouts in pretraining
+_PRETRAIN_STEPS, _PRETRAIN_STRIDE = 10, 2  # p of the rollouts in pretraining
+_CAREFUL = 0.08  # margin to the walls where data is gathered [m]
 QUANTILE = 0.98
 """Where labels are clipped: single ones are a hundred times as large as most."""
 
@@ -35,7 +36,7 @@ def gather(output: Path, number: int, config: Config, monitor: Any) -> None:
 
 def pretrain(output: Path, size: int, seed: int, config: Config, monitor: Any) -> None:
     """A network on the gentle drives."""
-    samples = cut(_drives(output.parents[1] / "gather", config), _PRETRAIN_STEPS)
+    samples = cut(_drives(output.parents[1] / "gather", config), _PRETRAIN_STEPS, _PRETRAIN_STRIDE)
     weights = _weights("stand", samples, {}, _PRETRAIN_STEPS, 0)
     training = Training(config.pretrain_epochs, config.batch, learning_rate=5e-3, seed=seed)
     begin = corrected(linear(), size, jax.random.key(seed))
@@ -46,7 +47,7 @@ def pretrain(output: Path, size: int, seed: int, config: Config, monitor: Any) -
 def drive(output: Path, number: int, config: Config, monitor: Any) -> None:
     """The MPC with a pretrained model, as fast as it can."""
     model = load(output.parents[1], config.middle, 0)
-    ran = _race(model, number, config, config.steps)
+    ran = _race(model, number, config, config.drive, _CAREFUL)
     _save_drive(output, *map(np.asarray, (ran.xs, ran.us, ran.contact)))
 
 
@@ -71,7 +72,7 @@ def tune(output: Path, trial: Trial, config: Config, monitor: Any) -> None:
     """Fine-tune, and race on the held-out tracks."""
     folder, begun = output.parents[1], time.perf_counter()
     samples, labels = tuning_samples(folder, config), load_arrays(folder / "labels" / f"{trial.size}-{trial.seed}.npz")
-    ok = labels["ok"]
+    ok = labels["ok"] & (samples.clear >= trial.p)
     samples, labels = samples.take(ok), {name: labels[name][ok] for name in ("S", "du0_de", "Lambda")}
     weights = _weights(trial.weighting, samples, labels, trial.p, trial.seed)
     model = load(folder, trial.size, trial.seed)
@@ -119,8 +120,10 @@ def _tested(model: AbstractVehicle, config: Config) -> list[dict[str, Any]]:
     return rows
 
 
-def _race(model: AbstractVehicle, number: int, config: Config, steps: int) -> racing.Race:
-    theta = racing_car.Theta(model, track(number))
+def _race(
+    model: AbstractVehicle, number: int, config: Config, steps: int, margin: float = racing_car.MARGIN
+) -> racing.Race:
+    theta = racing_car.Theta(model, track(number), margin=margin)
     begin = racing_car.at_rest(0.0, 2.0)
     return racing.race(
         plant(number), racing_car.controller(theta, config.horizon), begin, steps, jax.random.key(number + 100)
@@ -182,5 +185,6 @@ def _drives(folder: Path, config: Config) -> list[Drive]:
 
 
 def tuning_samples(out: Path, config: Config) -> CarSamples:
-    """Those of fine-tuning: long enough for a label and for the longest rollout."""
-    return cut(_drives(out / "drives", config), max(config.horizon, *config.rollouts), config.stride)
+    """Those of fine-tuning: long enough for a label and for the longest rollout, clear of walls for the shortest."""
+    longest = max(config.horizon, *config.rollouts)
+    return cut(_drives(out / "drives", config), longest, config.stride, clear=min(config.rollouts))

@@ -22,7 +22,10 @@ from sartor.track_generator import generate
 PENALTY = 5.0
 """Seconds that a second in contact with a wall costs."""
 _FIRST_TRACK, _FIRST_TEST = 100, 200  # seeds of tracks
-_SPEEDS, _HELD = (1.2, 3.6), 20  # of a gentle drive [m/s], and for how many control steps one is held
+_SPEEDS, _HELD = (1.2, 4.5), 20  # of a gentle drive [m/s], and for how many control steps one is held
+
+
+_NOISE = (0.4, 0.06)  # of its controls, a step of the noise [m/s, rad]
 
 
 @cache
@@ -61,7 +64,7 @@ def _gentle(plant: RacingPlant, theta: Theta, speeds: Float[Array, " T"], key: A
     def advance(carry, at):
         state, noise = carry
         k, speed = at
-        noise = 0.9 * noise + jnp.asarray([0.3, 0.06]) * jax.random.normal(jax.random.fold_in(key, k), (2,))
+        noise = 0.9 * noise + jnp.asarray(_NOISE) * jax.random.normal(jax.random.fold_in(key, k), (2,))
         u = jnp.clip(racing_car.follow(state.x, theta, speed) + noise, low, high)
         state = plant.step(state, u)
         return (state, noise), (state.x, u, racing.contact(plant.track, state.x))

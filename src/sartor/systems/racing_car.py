@@ -37,6 +37,7 @@ CONTROLS = ("w_ref [m/s]", "δ_ref [rad]")
 U_MIN, U_MAX = (0.01, -0.5), (7.0, 0.5)
 SOFT = Softening(200.0, 2000.0)
 """Of the walls [per m, per m²]."""
+MARGIN = 0.03  # [m]
 
 
 class Weights(NamedTuple):
@@ -58,7 +59,7 @@ class Theta(NamedTuple):
     vehicle: AbstractVehicle
     track: Track
     weights: Weights = Weights()
-    margin: Any = 0.03  # that the centre of the car keeps from the walls [m]
+    margin: Any = MARGIN  # that the centre of the car keeps from the walls [m]
 
 
 def ode(x: State, u: Control, theta: Theta) -> State:
