@@ -54,6 +54,13 @@ def test_samples_stay_clear_of_the_walls(drives):
         cut(drives, 55)
 
 
+def test_samples_may_touch_a_wall_after_what_has_to_be_clear(drives):
+    samples = cut(drives[:1], 20, stride=5, clear=6)
+    assert samples.step.max() == 40  # 60 - 20, and 40 + 6 < 50
+    np.testing.assert_array_equal(samples.clear[samples.step == 25], 20)
+    np.testing.assert_array_equal(samples.clear[samples.step == 40], 9)
+
+
 def test_the_loss_of_the_true_model_is_zero_on_the_track_of_each_sample(drives):
     samples = cut(drives, 8, stride=4)
     weights, loss = _standard(samples, 8), loss_on(TRACKS)

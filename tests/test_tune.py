@@ -8,7 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sartor import MPC, Descent, GaussNewton, Objective, Problem, Softening, correction, estimators, stationarity, tune
+from sartor import (
+    MPC,
+    Descent,
+    GaussNewton,
+    Objective,
+    Problem,
+    Softening,
+    correction,
+    estimators,
+    stationarity,
+    tune,
+    tuning,
+)  # fmt: skip
 from sartor.policy_gradient import Rollout, cost_gradient, feedback, policy_jacobian, roll_out, sensitivities
 
 STEPS = 12
@@ -228,6 +240,18 @@ def test_ridge_regression_finds_what_the_model_gets_wrong():
     np.testing.assert_allclose(change.A, 0.0, atol=1e-3)
 
 
+def test_what_is_not_finite_is_not_learned_from():
+    """Neither a rollout that is refused, nor one at which the model has no value."""
+    rollout = roll_out(plant, build(WRONG), X0, STEPS)
+    sums = correction.nothing_seen(2, 1, float, products=True)
+    nowhere = lambda x, u, k: x / jnp.linalg.norm(0.0 * x)
+    broken = rollout._replace(xs=rollout.xs.at[3].set(jnp.nan))
+    right = lambda x, u, k: dynamics(x, u, k, WRONG)
+    for model, seen, fine in ((nowhere, rollout, True), (right, broken, False), (right, broken, True)):
+        same = correction.seen(sums, model, seen, jnp.asarray(fine))
+        assert all(np.array_equal(a, b) for a, b in zip(same, sums, strict=True))
+
+
 def test_products_tell_how_the_error_of_a_jacobian_changes():
     """The model lacks 0.3 q u and 0.1 v²: away from the mean of the rollouts the correction is exact too."""
     rng = np.random.default_rng(0)
@@ -291,15 +315,22 @@ def test_what_was_interrupted_goes_on_to_the_same_result(newton, tmp_path):
         tuned(GaussNewton(), ridge=1e-3, checkpoint=file)
 
 
-def test_tuning_ends_where_it_is_told_to(newton):
+def test_tuning_ends_where_it_is_told_to(newton, tmp_path):
     seen = []
 
     def good_enough(k, theta, curve):
         seen.append(curve.merit[-1])
         return k == 4
 
-    found = tuned(GaussNewton(), ridge=1e-2, after_iteration=good_enough)
+    file = tmp_path / "state.npz"
+    found = tuned(GaussNewton(), ridge=1e-2, after_iteration=good_enough, checkpoint=file)
     assert found.curve.merit.tolist() == newton.curve.merit[:4].tolist() == seen
+    again = tuned(GaussNewton(), ridge=1e-2, after_iteration=good_enough, checkpoint=file)
+    assert again.curve.merit.tolist() == seen and len(seen) == 4  # it has ended, and stays so
+    dearer = OBJECTIVE._replace(penalty=2.0 * OBJECTIVE.penalty)
+    with pytest.raises(ValueError, match="tuning something else"):
+        tune(MPC(PROBLEM, WRONG), plant, dearer, X0, STEPS, GaussNewton(), iterations=12, learn=weights, ridge=1e-2,
+             checkpoint=file)  # fmt: skip
 
 
 def test_a_candidate_that_is_not_finite_is_refused_and_nothing_is_lost():
@@ -317,8 +348,46 @@ def test_a_candidate_that_is_not_finite_is_refused_and_nothing_is_lost():
 
 def test_projection_keeps_parameters_in_their_box():
     box = lambda theta: theta._replace(weights=jnp.clip(theta.weights, 0.25, 1.02))
-    found = tuned(GaussNewton(), 6, project=box)
-    assert np.all(found.last.weights >= 0.25) and np.all(found.last.weights <= 1.02)
+    outside = WRONG._replace(weights=jnp.array([2.0, 0.3, 0.1]))
+    found = tuned(GaussNewton(), 6, outside, project=box)
+    for theta in (found.theta, found.last, tuned(GaussNewton(), 1, outside, project=box).theta):
+        assert np.all(theta.weights >= 0.25) and np.all(theta.weights <= 1.02)
+
+
+def test_derivatives_that_are_not_finite_are_told():
+    kinked = OBJECTIVE._replace(cost=lambda xs, us: cost(xs, us) + jnp.sum(jnp.linalg.norm(xs - xs[:1], axis=-1)))
+    for method in (GaussNewton(), Descent(estimators.Model())):
+        with pytest.raises(FloatingPointError, match="derivatives along the first rollout are not finite"):
+            tune(MPC(PROBLEM, WRONG), plant, kinked, X0, STEPS, method, iterations=3, learn=weights)
+
+
+def test_after_refusals_a_step_is_taken_at_random_and_may_be_worse():
+    """With a damping that is far too small nothing better is found; the best θ is kept all the same."""
+    stubborn = GaussNewton(patience=1, kick=0.05)
+    found = tuned(stubborn, 24, ridge=1e-2, seed=[0, 1])
+    rises = [np.diff(m[t]) for m, t in zip(found.curve.merit, found.curve.taken, strict=True)]
+    assert any(r.max() > 0 for r in rises) and all(np.all(r < 0.25 * 60.0) for r in rises)
+    assert not np.array_equal(*found.curve.merit)  # each seed has its own random steps
+    unkicked = tuned(GaussNewton(patience=0), 24, ridge=1e-2)
+    assert np.all(np.diff(unkicked.curve.merit[unkicked.curve.taken]) < 0)
+    best = roll_out(plant, build(jax.tree.map(lambda leaf: leaf[1], found.theta)), X0, STEPS)
+    assert float(OBJECTIVE.merit(best.xs, best.us)) == pytest.approx(found.curve.merit[1].min(), rel=1e-6)
+
+
+def test_a_limit_on_what_is_worse_holds_for_negative_merits():
+    method, score = GaussNewton(), lambda merit: tuning.Score(jnp.asarray(merit), *jnp.zeros((2,)), jnp.asarray(0))
+    memory = method.init(jnp.zeros(2))
+    assert method.takes(score(-10.0), score(-11.0), memory) and not method.takes(score(-10.0), score(-9.0), memory)
+    kicked = memory._replace(kicked=jnp.asarray(True))
+    assert method.takes(score(-10.0), score(-8.0), kicked) and not method.takes(score(-10.0), score(-7.0), kicked)
+
+
+def test_scales_are_units_of_the_parameters():
+    """One step in units of s is one with s² as rates; in other units of the model the step is the same."""
+    scales = jnp.array([0.5, 2.0, 1.0, 0.2, 3.0])
+    run = lambda **options: tuned(Descent(estimators.Model(), 1e-4, monotone=False, **options), 2)
+    start, plain, scaled = (jnp.concatenate(weights(t)) for t in (WRONG, run().last, run(scales=scales).last))
+    np.testing.assert_allclose(scaled - start, scales**2 * (plain - start), rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,9 @@ def _called(plant: Callable, x0: Array) -> Callable:
     like = jax.ShapeDtypeStruct(x0.shape, x0.dtype)
 
     def call(x, u, k):
-        return np.asarray(plant(np.asarray(x), np.asarray(u), int(k)), x0.dtype).reshape(x0.shape)
+        x_next = np.asarray(plant(np.asarray(x), np.asarray(u), int(k)), x0.dtype)
+        if x_next.shape != x0.shape:
+            raise ValueError(f"plant must return a state {x0.shape}, as x0 is, not {x_next.shape}.")
+        return x_next
 
     return lambda x, u, k: io_callback(call, like, x, u, k, ordered=True)

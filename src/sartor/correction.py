@@ -35,14 +35,15 @@ def nothing_seen(nx: int, nu: int, dtype: Any, products: bool) -> Sums:
 
 
 def seen(sums: Sums, model: Callable, rollout: Rollout, fine: Array) -> Sums:
-    """One more rollout; nothing of one that is not `fine`."""
-    xs, us = jnp.where(fine, rollout.xs, 0.0), jnp.where(fine, rollout.us, 0.0)
+    """One more rollout; nothing of one that is not `fine`, or where the model is not finite."""
+    xs, us = rollout.xs, rollout.us
     errors = xs[1:] - jax.vmap(model)(xs[:-1], us, jnp.arange(us.shape[0]))
     z = jnp.concatenate([xs[:-1], us], 1)
     origin = jnp.where(sums.ff[-1, -1] > 0, sums.origin, jnp.mean(z, 0))
     features = _features(z - origin, sums.ff.shape[0] > z.shape[1] + 1)
-    weight = jnp.where(fine, 1.0, 0.0)
-    return Sums(sums.ff + weight * features.T @ features, sums.fe + weight * features.T @ errors, origin)
+    more = Sums(sums.ff + features.T @ features, sums.fe + features.T @ errors, origin)
+    fine = fine & jnp.all(jnp.isfinite(more.ff)) & jnp.all(jnp.isfinite(more.fe))
+    return jax.tree.map(lambda new, old: jnp.where(fine, new, old), more, sums)
 
 
 def lacking(sums: Sums, ridge: float) -> Change:

@@ -113,6 +113,7 @@ REPORT = Report(
             ["gauss_newton", "steps of Gauss and Newton on the model, limits by an exact penalty, monotone"],
             ["gauss_newton.constant", "its Jacobians corrected by constants: ridge regression on the rollouts so far"],
             ["gauss_newton.corrected", "the same, by corrections that change along the way: ours"],
+            ["....unkicked", "ours without steps at random"],
             ["....exact", "with the Jacobians of the plant, which nobody has: a bound"],
             ["cma_es", "evolution strategy, without derivatives"],
             ["diverges", "the parameters taken last are three times worse than those to begin with"],

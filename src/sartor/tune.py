@@ -100,20 +100,24 @@ def tune(
             to the spread of states and controls; 0: no correction.
         products: Whether the correction may change along the way: products of states and controls count in the
             regression as well.
-        project: project(theta) -> the nearest θ that is allowed, as a clip to a box.
+        project: project(theta) -> the nearest θ that is allowed, as a clip to a box. Leaves that are `positive(...)` or
+            `bounded(...)` come as such.
         refit: refit(theta, change) -> θ with a model that has been corrected by `change.A`, `change.B`; needs `ridge`
             without `products`. Of the theta that it is given, what is not tuned is as it was at first, and so is what
             the change refers to.
         outside: The plant is not written in JAX: it is called with NumPy arrays, in order; at k = 0 it begins at `x0`.
         seed: Of the random directions; several seeds are computed in one batch, and results have a leading axis.
-        checkpoint: File that keeps the state; if it exists, tuning goes on from there, to the same result.
+        checkpoint: File that keeps the state; if it exists, tuning goes on from there, to the same result; with other
+            settings, `iterations` too, it is refused.
         monitor: monitor(done, total), called after every iteration.
         after_iteration: after_iteration(k, theta, curve), likewise, with the last θ that was taken and the curve so
             far; k counts from 1. If it returns True, tuning ends there.
 
     Returns: θ with the lowest merit seen, in the form of `controller.theta`, the last one taken, and the curve. Where a
-        candidate's rollout is not finite, it is refused, and `curve.merit` is infinite.
-    Fails: `ValueError` for wrong input, `FloatingPointError` if the first rollout is not finite.
+        candidate's rollout is not finite, it is refused, and `curve.merit` is infinite. The tuned controller is
+        `MPC(problem, sartor.values(tuned.theta))`.
+    Fails: `ValueError` for wrong input, `FloatingPointError` if the first rollout or a derivative along it is not
+        finite.
     """
     _check(iterations, ridge, products, refit, outside, seed)
     driven = bench(controller, plant, objective, x0, num_steps, learn, outside)
@@ -122,28 +126,33 @@ def tune(
     seeds, several = np.asarray(seed), np.ndim(seed) > 0
     state = _begin(loop, theta)
     state = jax.tree.map(lambda leaf: jnp.stack([leaf] * seeds.size), state) if several else state
-    curve = Curve(*(np.full((*seeds.shape, iterations), np.nan) for _ in Curve._fields))
+    kinds = Curve(float, float, float, bool, int, int)
+    curve = Curve(*(np.zeros((*seeds.shape, iterations), kind) for kind in kinds))
     mark = _fingerprint(loop, theta, iterations, seed)
-    done, state, curve = _resume(checkpoint, mark, (np.asarray(0), state, curve))
+    done, ends, state, curve = _resume(checkpoint, mark, (np.asarray(0), np.asarray(False), state, curve))
     curve, saved = jax.tree.map(np.array, curve), time.monotonic()
-    for k in range(int(done), iterations):
+    for k in range(int(done), int(done) if ends else iterations):
         state, row = _iterate(loop, state, jnp.asarray(k), jnp.asarray(seeds), several)
         for column, entry in zip(curve, row, strict=True):
             column[..., k] = entry
         if k == 0 and not np.isfinite(np.asarray(row.merit)).all():
             raise FloatingPointError("the first rollout of the plant is not finite: begin with θ that stabilises it.")
+        if k == 0 and not _finite((state.local, state.memory)):
+            raise FloatingPointError(
+                "derivatives along the first rollout are not finite: look at those of model, objective and controller."
+            )
         if monitor is not None:
             monitor(k + 1, iterations)
         so_far = Curve(*(column[..., : k + 1] for column in curve))
         ends = after_iteration is not None and bool(after_iteration(k + 1, state.theta, so_far))
         ends = ends or k + 1 == iterations
         if checkpoint is not None and (time.monotonic() - saved > _SAVE_EVERY or ends):
-            save_tree(checkpoint, (mark, (np.asarray(k + 1), state, curve)))
+            save_tree(checkpoint, (mark, (np.asarray(k + 1), np.asarray(ends), state, curve)))
             saved = time.monotonic()
+        done = k + 1
         if ends:
-            curve = so_far
             break
-    return Tuned(state.best, state.theta, curve)
+    return Tuned(state.best, state.theta, Curve(*(column[..., : int(done)] for column in curve)))
 
 
 class _State(NamedTuple):
@@ -181,6 +190,7 @@ class _Loop(eqx.Module):
 
 def _begin(loop: _Loop, theta: PyTree) -> _State:
     """Before the first iteration: θ is a candidate."""
+    theta = theta if loop.project is None else loop.project(theta)
     flat, x0 = loop.bench.flat(theta), loop.bench.x0
     sums = nothing_seen(x0.size, loop.bench.controller.problem.nu, x0.dtype, loop.products)
     infinite, nothing = jnp.asarray(jnp.inf, x0.dtype), jnp.zeros((), x0.dtype)
@@ -267,6 +277,10 @@ def _step(
     return state._replace(candidate=candidate, memory=_where(usable, memory, state.memory))
 
 
+def _finite(tree: Any) -> bool:
+    return all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(tree))
+
+
 def _where(condition: Array, yes: Any, no: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
@@ -297,7 +311,7 @@ def _fingerprint(loop: _Loop, theta: PyTree, iterations: int, seed: Any) -> np.n
         np.asarray(seed).tolist(),
     )
     digest = hashlib.sha256(repr(told).encode())
-    for leaf in jax.tree.leaves((theta, loop.bench.controller, loop.bench.x0)):
+    for leaf in jax.tree.leaves((theta, loop)):
         if eqx.is_array_like(leaf):
             digest.update(np.asarray(leaf).tobytes())
     return np.frombuffer(digest.digest(), np.uint8)

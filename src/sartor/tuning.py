@@ -68,8 +68,8 @@ class Answer(NamedTuple):
 
 
 class Change(NamedTuple):
-    """What a model lacks, as measured, with z = (x_t, u_t) - origin: x_{t+1} - f(x_t, u_t) ≈ slopesᵀz + ½ zᵀ bent z +
-    constant."""
+    """What a model lacks, as measured: x_{t+1} - f(x_t, u_t) ≈ slopesᵀz + ½ zᵀ bent z, up to a constant, with
+    z = (x_t, u_t) - origin."""
 
     slopes: Float[Array, "nz nx"]
     bent: Float[Array, "nz nz nx"]
@@ -240,7 +240,7 @@ class GaussNewton(AbstractMethod):
 
     def takes(self, before: Score, after: Score, memory: Damping) -> Bool[Array, ""]:
         """Only if it is better, or not much worse after a step at random."""
-        return after.merit < jnp.where(memory.kicked, 1.25, 1.0) * before.merit
+        return after.merit < before.merit + jnp.where(memory.kicked, 0.25 * jnp.abs(before.merit), 0.0)
 
     def look(
         self, objective: Objective, flat: Vector, build: Callable, rollout: Rollout, along: Feedback, change: Change
@@ -260,7 +260,8 @@ class GaussNewton(AbstractMethod):
         scale = 1.0 / jnp.sqrt(jnp.diagonal(curvature))
         step, decrease = _penalised_qp(scale * g, scale[:, None] * curvature * scale, h, J * scale, objective.penalty)
         random = self.kick * jnp.sqrt(now.v.size) * (jnp.abs(now.flat) + 0.1 * jnp.mean(jnp.abs(now.flat))) * now.v
-        step = jnp.where(kicked, random, scale * step)
+        step = scale * step
+        step = jnp.where(kicked, random, jnp.where(jnp.isfinite(step), step, 0.0))
         return step, Damping(damping, sizes, now.score.merit, decrease, jnp.where(kicked, 0, refused), kicked)
 
 

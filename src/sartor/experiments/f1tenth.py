@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sartor.experiments import f1tenth_jobs as jobs
 from sartor.experiments import f1tenth_maps as maps
-from sartor.experiments.f1tenth_config import Config, Trial
+from sartor.experiments.f1tenth_config import CHIEF, Config, Trial
 from sartor.experiments.jobs import Job, Monitor
 from sartor.experiments.run_folder import opened
 from sartor.files import read_json, write_json
@@ -51,10 +51,14 @@ def run(config: Config, out: Path, monitor: Monitor | None = None, command: str 
 
 
 def _trials(config: Config) -> list[Trial]:
-    """All weightings for each size and the first p; one size for the other p."""
+    """Seed by seed: each size at the first p, and the middle size at the others."""
     main, *others = config.rollouts
     kinds = [(size, main) for size in config.sizes] + [(config.middle, p) for p in others]
-    return [Trial(*kind, w, seed) for seed in range(config.seeds) for kind in kinds for w in config.weightings]
+    return [
+        Trial(*kind, weighting, seed)
+        for seed in range(config.seeds) for kind in kinds for weighting in config.weightings
+        if weighting in CHIEF or kind == (config.middle, main)
+    ]  # fmt: skip
 
 
 def _baselines(config: Config) -> list[str]:

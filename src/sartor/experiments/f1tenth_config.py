@@ -9,6 +9,8 @@ from sartor.experiments.presets import check_least, filled
 
 Weighting = Literal["ones", "stand", "norm", "ours", "ours_avg", "ours_shuffled", "regret"]
 WEIGHTINGS: tuple[Weighting, ...] = Weighting.__args__
+CHIEF: tuple[Weighting, ...] = ("stand", "ours", "ours_avg", "regret")
+"""Those that are compared at all sizes and lengths of rollouts."""
 _PRESETS: dict[str, dict[str, Any]] = {
     "smoke": dict(
         tracks=1, tests=1, seeds=1, sizes=(4,), rollouts=(4,), weightings=("stand", "ours"), horizon=20, gather=120,
@@ -16,12 +18,12 @@ _PRESETS: dict[str, dict[str, Any]] = {
     ),
     "quick": dict(
         tracks=4, tests=2, seeds=1, sizes=(8,), rollouts=(20,), weightings=("stand", "ours", "ours_shuffled"),
-        horizon=40, gather=1200, drive=900, steps=450, stride=6, pretrain_epochs=150, epochs=20, map_horizon=80,
+        horizon=40, gather=2400, drive=900, steps=450, stride=6, pretrain_epochs=150, epochs=60, map_horizon=80,
         map_steps=480, truth=20,
     ),
     "paper": dict(
         tracks=4, tests=6, seeds=5, sizes=(4, 8, 16), rollouts=(20, 4, 40), weightings=WEIGHTINGS, horizon=40,
-        gather=2400, drive=1800, steps=500, stride=4, pretrain_epochs=300, epochs=30, map_horizon=80,
+        gather=2400, drive=1800, steps=500, stride=6, pretrain_epochs=200, epochs=60, map_horizon=80,
         map_steps=480, truth=30,
     ),
 }  # fmt: skip
@@ -46,7 +48,7 @@ class Config:
     rollouts: tuple[int, ...] = ()
     """Lengths p of the rollouts in the loss; sizes but the middle one are compared at the first alone."""
     weightings: tuple[Weighting, ...] = ()
-    """Loss weights to compare; `stand` is what the others are compared with."""
+    """Loss weights to compare, all of them at the middle size and the first p, the chief ones elsewhere; `stand` is what the others are compared with."""
     horizon: int = 0
     """Of the MPC, in steps of 0.033 s."""
     gather: int = 0
@@ -67,7 +69,7 @@ class Config:
     """Passes over the gentle drives."""
     epochs: int = 0
     """Passes over the others."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """Of fine-tuning."""
     batch: int = 64
     """Samples of a gradient step."""

@@ -10,6 +10,7 @@
     gauss_newton                        steps of Gauss and Newton with an exact penalty
     gauss_newton.constant               the same, with Jacobians that ridge regression corrects by constant matrices
     gauss_newton.corrected              the same, corrected by matrices that change along the way: ours
+    gauss_newton.unkicked               that without steps at random
     gauss_newton.exact, model.exact     with the plant's own Jacobians, as bounds
     cma_es                              without any derivative
 
@@ -23,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import jax
+import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 import tyro
@@ -31,6 +32,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 
 from sartor import estimators
+from sartor.bench import Bench, bench
 from sartor.experiments.jobs import Job, Monitor
 from sartor.experiments.presets import check_least, filled
 from sartor.experiments.quadcopter_models import LEVELS, Level, Mismatch, identified
@@ -45,15 +47,18 @@ from sartor.solvers.sqp import SQP
 from sartor.systems import quadcopter
 from sartor.systems.quadcopter import Theta
 from sartor.tune import Curve, tune
-from sartor.tuning import AbstractMethod, Descent, GaussNewton, Objective
+from sartor.tuning import AbstractMethod, Descent, GaussNewton, Objective, Score
 
 Method = Literal[
     "model", "zeroth", "hybrid.25", "hybrid.50", "hybrid.75", "alpha", "inverse_variance", "control_variate",
     "control_variate.monotone", "control_variate.scaled", "reidentified", "reidentified.monotone", "gauss_newton",
-    "gauss_newton.constant", "gauss_newton.corrected", "gauss_newton.exact", "model.exact", "cma_es",
+    "gauss_newton.constant", "gauss_newton.corrected", "gauss_newton.unkicked", "gauss_newton.exact", "model.exact",
+    "cma_es",
 ]  # fmt: skip
 METHODS: tuple[Method, ...] = Method.__args__
-_ALWAYS_THE_SAME: tuple[Method, ...] = ("model", "reidentified", "reidentified.monotone", "model.exact")
+_ALWAYS_THE_SAME: tuple[Method, ...] = (
+    "model", "reidentified", "reidentified.monotone", "gauss_newton.unkicked", "model.exact",
+)  # fmt: skip
 _ON_OTHER_DATA: tuple[Method, ...] = (
     "model", "hybrid.25", "control_variate.monotone", "gauss_newton.constant", "gauss_newton.corrected",
     "gauss_newton.exact",
@@ -177,7 +182,7 @@ def tuned(output: Path, trial: Trial, config: Config, monitor: Any) -> None:
 
 
 def bound(output: Path, monitor: Any) -> None:
-    """The cheapest trajectory of the plant that keeps all limits, from two guesses."""
+    """The cheapest trajectory of the plant that keeps all limits, sought from the first closed loop."""
     problem = Problem(
         dynamics=lambda x, u, k, theta: quadcopter.plant_step(x, u),
         stage_cost=lambda x, u, k, theta: quadcopter.stage_cost(x, u),
@@ -242,6 +247,7 @@ def _recipes() -> dict[Method, Recipe]:
         "gauss_newton": Recipe(GaussNewton()),
         "gauss_newton.constant": Recipe(GaussNewton(), {"ridge": _RIDGE}),
         "gauss_newton.corrected": Recipe(GaussNewton(), {"ridge": _RIDGE_WITH_PRODUCTS, "products": True}),
+        "gauss_newton.unkicked": Recipe(GaussNewton(patience=0), {"ridge": _RIDGE_WITH_PRODUCTS, "products": True}),
         "gauss_newton.exact": Recipe(GaussNewton(), exact),
         "model.exact": Recipe(published(e.Model()), exact),
     }
@@ -251,32 +257,31 @@ def _evolved(start: MPC, seed: int, rollouts: int, monitor: Callable) -> tuple[l
     """CMA-ES in units of the parameters' sizes, one rollout a candidate."""
     import cma  # here, as it takes a second that all other commands save
 
-    flat, unravel = ravel_pytree(_cost(start.theta))
-    flat, sizes = np.asarray(flat), np.abs(np.asarray(flat)) + 0.1
-
-    @jax.jit
-    def measured(flat, A, B):
-        Q, R, P = unravel(flat)
-        controller = MPC(quadcopter.problem(), Theta(Q, R, P, A, B), solver=_SOLVER)
-        ran = roll_out(plant, controller, jnp.asarray(quadcopter.X0), quadcopter.NUM_STEPS)
-        return OBJECTIVE.merit(ran.xs, ran.us), OBJECTIVE.excess(ran.xs, ran.us)
+    driven = bench(start, plant, OBJECTIVE, jnp.asarray(quadcopter.X0), quadcopter.NUM_STEPS, _cost)
+    flat = np.asarray(driven.flat(driven.theta))
+    sizes = np.abs(flat) + 0.1
 
     search = cma.CMAEvolutionStrategy(
-        np.zeros(flat.size), 0.1, {"seed": seed + 1, "popsize": _POPULATION, "verbose": -9, "maxfevals": rollouts}
+        np.zeros(flat.size), 0.1, {"seed": seed + 1, "popsize": _POPULATION, "verbose": -9}
     )
     merits, violations, taken = [], [], []
     while len(merits) < rollouts:
         candidates, values = search.ask(), []
         for candidate in candidates:
-            merit, violation = measured(flat + sizes * candidate, start.theta.A, start.theta.B)
-            merit = float(merit) if np.isfinite(merit) else np.inf
+            score = _measured(driven, jnp.asarray(flat + sizes * candidate))
+            merit = float(score.merit)
             taken.append(merit < min(merits, default=np.inf))
             merits.append(merit)
-            violations.append(float(violation))
+            violations.append(float(score.violation))
             values.append(min(merit, 1e12))
         search.tell(candidates, values)
         monitor(min(len(merits), rollouts), rollouts)
     return merits, violations, taken, list(range(1, len(merits) + 1))
+
+
+@eqx.filter_jit
+def _measured(driven: Bench, flat: Array) -> Score:
+    return driven.run(driven.at(driven.theta, flat))[1]
 
 
 _SOLVER = SQP(line_search=False)  # the MPC is a quadratic program: full steps

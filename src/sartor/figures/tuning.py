@@ -13,7 +13,7 @@ _LOOKS = {
     "control_variate": (GREEN, ":"), "control_variate.monotone": (GREEN, "-"), "control_variate.scaled": (GREEN, "--"),
     "reidentified": (BLUE, ":"), "reidentified.monotone": (BLUE, "--"), "gauss_newton": (ORANGE, ":"),
     "gauss_newton.constant": (ORANGE, "--"), "gauss_newton.corrected": (ORANGE, "-"), "gauss_newton.exact": (INK, "-"),
-    "model.exact": (INK, ":"),
+    "gauss_newton.unkicked": (ORANGE, "-."), "model.exact": (INK, ":"),
     "cma_es": (PURPLE, "-"),
 }  # fmt: skip
 
