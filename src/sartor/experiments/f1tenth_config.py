@@ -48,7 +48,8 @@ class Config:
     rollouts: tuple[int, ...] = ()
     """Lengths p of the rollouts in the loss; sizes but the middle one are compared at the first alone."""
     weightings: tuple[Weighting, ...] = ()
-    """Loss weights to compare, all of them at the middle size and the first p, the chief ones elsewhere; `stand` is what the others are compared with."""
+    """Loss weights to compare, all of them at the middle size and the first p, the chief ones elsewhere; `stand` is
+    what the others are compared with."""
     horizon: int = 0
     """Of the MPC, in steps of 0.033 s."""
     gather: int = 0
