@@ -234,7 +234,7 @@ def test_branches_are_differences_of_whole_drives():
 
     def cost(at, by):
         ran = racing.race(plant, Moved(driver, jnp.asarray(at), by), begin, 60, key)
-        states, us = ran.xs[at + 1 : at + 1 + steps_on], ran.us[at : at + steps_on]
+        states, us = ran.xs[at : at + steps_on], ran.us[at : at + steps_on]
         ell = jax.vmap(lambda x, u: car.stage_cost(x, u, 0, THETA))(states, us)
         beyond = np.maximum(np.asarray(jax.vmap(lambda x: car.walls(x, THETA))(states)), 0.0)
         return float(ell.sum()) + float((200.0 * beyond + 1000.0 * beyond**2).sum())
@@ -249,3 +249,52 @@ def test_branches_are_differences_of_whole_drives():
                 second = (ahead - 2 * now + behind) / float(step[j]) ** 2
                 assert float(found.curvature[i, j]) == pytest.approx(second, rel=1e-3, abs=1e-2)
     assert np.isfinite(found.curvature).sum() >= 2
+
+
+def by_hand(vx, vy, r, friction, wheel, steer):
+    """(D24) with the published tyres, in NumPy alone."""
+    m, inertia, lf, lr = 5.1, 0.14583, 0.15683, 0.17317
+
+    def tyre(load, slip, angle, slip_peak, angle_peak, side, along):
+        sx, sa = slip / slip_peak, np.rad2deg(angle) / angle_peak
+        rho = np.hypot(sx, sa)
+        return load * sx / rho * magic(rho * slip_peak, *along), -load * sa / rho * magic(rho * angle_peak, *side)
+
+    v_front = vx * np.cos(steer) + (vy + lf * r) * np.sin(steer)
+    a_front, a_rear = np.arctan2(vy + lf * r, vx) - steer, np.arctan2(vy - lr * r, vx)
+    weight = friction * m * 9.81 / (lf + lr)
+    xf, yf = tyre(weight * lr, wheel / v_front - 1, a_front, 0.12260, 8.1564,
+                  (0.057084, 0.58888, 0.85324, 0.23114), (2.83313, 0.68991, 0.80986, 0.00658))  # fmt: skip
+    xr, yr = tyre(weight * lf, wheel / vx - 1, a_rear, 0.13232, 7.5577,
+                  (0.069187, 0.59321, 0.86027, 4.28465), (4.67455, 1.57920, 0.85531, 7.29611))  # fmt: skip
+    drag = 8.477e-4 + 5.926e-4 * vx + 2.761e-4 * vx**2
+    side = yf * np.cos(steer) + xf * np.sin(steer)
+    along = xr + xf * np.cos(steer) - yf * np.sin(steer) - drag
+    return along / m + vy * r, (yr + side) / m - vx * r, (lf * side - lr * yr) / inertia
+
+
+@pytest.mark.parametrize("motion", [(3.47, 0.78, -1.07, 0.8, 3.2, -0.5), (2.0, -0.2, 2.5, 0.9, 2.4, 0.3)])
+def test_the_car_accelerates_as_its_equations_say(motion):
+    found = CAR.rates(Motion(*map(jnp.asarray, motion)))
+    np.testing.assert_allclose(found, by_hand(*motion), rtol=1e-10)
+
+
+@pytest.mark.parametrize("vehicle", [CAR, LINEAR], ids=["tyres", "linear"])
+def test_a_car_that_stands_stays_and_one_that_rolls_slowly_goes_on(vehicle):
+    still = vehicle.rates(Motion(*map(jnp.asarray, (0.0, 0.0, 0.0, 0.8, 0.0, 0.4))))
+    np.testing.assert_allclose(still, 0.0, atol=1e-6)
+    slow = vehicle.rates(Motion(*map(jnp.asarray, (0.4, 0.0, 0.0, 0.8, 0.4, 0.0))))
+    np.testing.assert_allclose(slow, 0.0, atol=1e-3)
+
+
+def test_linear_tyres_and_wheels_that_roll():
+    along, side = LinearTyre(6.0, 4.0).forces(*map(jnp.asarray, (10.0, 0.1, 0.05)))
+    assert (float(along), float(side)) == pytest.approx((6.0, -2.0))
+    turning = 2.0 * np.tan(0.2) / 0.33
+    rates = Kinematic().rates(Motion(*map(jnp.asarray, (2.0, 0.0, turning, 0.8, 2.0, 0.2))))
+    assert float(rates[0]) == 0.0 and float(rates[2]) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_a_delay_longer_than_a_control_step_is_refused():
+    with pytest.raises(ValueError, match="delay must lie in"):
+        racing.RacingPlant(CAR, TRACK, racing.patches(TRACK, 0.8, 3), delay=0.05)

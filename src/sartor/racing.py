@@ -64,6 +64,10 @@ class RacingPlant(eqx.Module):
     noise: Any = 0.0
     """Standard deviation of what is measured, a number or (9,)."""
 
+    def __check_init__(self):
+        if not (isinstance(self.delay, float | int) and 0.0 <= self.delay < DT) and not eqx.is_array(self.delay):
+            raise ValueError(f"delay must lie in [0, {DT}) s, not {self.delay}.")
+
     def start(self, x: Float[Array, "9"]) -> PlantState:
         """Driving with what x says, unaccelerated."""
         return PlantState(x, jnp.zeros(2, x.dtype), x[7:])
@@ -132,9 +136,9 @@ class Branches(NamedTuple):
 @eqx.filter_jit
 def branches(
     plant: RacingPlant, controller: MPC, x0: Float[Array, "9"], num_steps: int, key: Array, moments: Int[Array, " B"],
-    steps_on: int, step: Float[Array, "2"],
+    steps_on: int, size: Float[Array, "2"],
 ) -> Branches:  # fmt: skip
-    """What a control matters to the closed loop: the plant is copied, one control moved by ± a step for one control
+    """What a control matters to the closed loop: the plant is copied, one control moved up or down for one control
     step, and the copies drive on under the controller.
 
     J = Σ over the control steps that follow of the controller's stage cost and the penalty of its walls, at the states
@@ -144,15 +148,16 @@ def branches(
         plant, controller, x0, num_steps, key: As of `race`.
         moments: Control steps to branch at, less than `num_steps`.
         steps_on: Control steps of a branch.
-        step: Of each control [its unit].
+        size: By how much each control is moved [its unit].
     """
     advance = lambda carry, k: (_advance(plant, controller, key, carry, k)[0], carry)
     _, carries = jax.lax.scan(advance, _begin(plant, controller, x0, key), jnp.arange(num_steps))
-    moved, soft = jnp.concatenate([jnp.zeros((1, 2)), jnp.eye(2), -jnp.eye(2)]) * step, racing_car.SOFT
+    moved, soft = jnp.concatenate([jnp.zeros((1, 2)), jnp.eye(2), -jnp.eye(2)]) * size, racing_car.SOFT
 
     def follow(carry, t, by):
         def on(carry, k):
-            carry, (x, _, u, *_) = _advance(plant, controller, key, carry, t + k, jnp.where(k == 0, by, 0.0))
+            x = carry[0].x
+            carry, (_, _, u, *_) = _advance(plant, controller, key, carry, t + k, jnp.where(k == 0, by, 0.0))
             touched = penalty(racing_car.walls(x, controller.theta), soft.linear, soft.quadratic)
             return carry, (racing_car.stage_cost(x, u, k, controller.theta) + jnp.sum(touched), u)
 
@@ -163,9 +168,9 @@ def branches(
     J, u = jax.vmap(lambda carry, t: jax.vmap(lambda by: follow(carry, t, by))(moved))(chosen, moments)
     far = jnp.abs(u[:, 1:] - u[:, :1])  # of each copy and control
     ahead, behind = far[:, (0, 1), (0, 1)], far[:, (2, 3), (0, 1)]
-    whole = jnp.minimum(ahead, behind) > 0.99 * step
+    whole = jnp.minimum(ahead, behind) > 0.99 * size
     slope = (J[:, 1:3] - J[:, 3:]) / jnp.maximum(ahead + behind, 1e-9)
-    curvature = (J[:, 1:3] - 2.0 * J[:, :1] + J[:, 3:]) / step**2
+    curvature = (J[:, 1:3] - 2.0 * J[:, :1] + J[:, 3:]) / size**2
     return Branches(slope, jnp.where(whole, curvature, jnp.nan))
 
 

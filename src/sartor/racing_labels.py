@@ -9,8 +9,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sartor.labels import check_options, label
+from sartor.sensitivity import trajectory_error
 from sartor.solution import RESULTS, guess
-from sartor.solvers.base import AbstractSolver
+from sartor.solvers.base import AbstractSolver, group_size
 from sartor.solvers.sqp import SQP
 from sartor.systems.racing_car import Theta, problem
 from sartor.track import Track
@@ -28,7 +29,9 @@ class DriveLabels(NamedTuple):
     S: np.ndarray
     """(T, N, 9), weights of the errors (D9); NaN where refused."""
     du0_de: np.ndarray
-    """(T, 2, N, 9)."""
+    """(T, 2, N, 9), to errors of the dynamics, which go on through the prediction."""
+    du0_derror: np.ndarray
+    """(T, 2, N, 9), to errors of the predicted trajectory, as a rollout has them."""
     Lambda: np.ndarray
     """(T, 2, 2)."""
     dJ_du0: np.ndarray
@@ -77,13 +80,15 @@ def label_windows(
 ) -> DriveLabels:
     """The same for pieces of drives as long as the horizon, each labelled at its beginning."""
     check_options(problem(horizon), **options)
+    if not len(us):
+        raise ValueError("there is nothing to label: us holds no piece of a drive.")
     dtype, found = jnp.result_type(float), []
     for begin in range(0, len(us), _BATCH):
         # The last batch is filled up with its first piece: one shape compiles once, whatever the drive.
         which = np.arange(begin, begin + _BATCH)
         which = np.where(which < len(us), which, begin)
-        pieces = (jnp.asarray(pieces[which], dtype) for pieces in (xs, us))
-        found.append([np.asarray(leaf) for leaf in _labels(theta, horizon, *pieces, solver, options)])
+        states, controls = (jnp.asarray(pieces[which], dtype) for pieces in (xs, us))
+        found.append([np.asarray(leaf) for leaf in _labels(theta, horizon, states, controls, solver, options)])
     return DriveLabels(*(np.concatenate(column)[: len(us)] for column in zip(*found, strict=True)))
 
 
@@ -91,9 +96,11 @@ def label_windows(
 def _labels(theta: Theta, horizon: int, xs: Array, us: Array, solver: AbstractSolver, options: dict) -> tuple:
     def one(xs, us):
         found = label(problem(horizon), theta, xs[0], solver=solver, guess=guess(xs, us), **options)
-        return found.S, found.du0_de, found.Lambda, found.dJ_du0, found.result == RESULTS.successful
+        derror = trajectory_error(found.A, found.du0_de)
+        return found.S, found.du0_de, derror, found.Lambda, found.dJ_du0, found.result == RESULTS.successful
 
-    return jax.vmap(one)(xs, us)
+    # On a processor in small groups: a batch takes as many steps as its worst piece needs.
+    return jax.lax.map(lambda piece: one(*piece), (xs, us), batch_size=group_size())
 
 
 def phases(track: Track, s: Float[np.ndarray, " T"]) -> np.ndarray:

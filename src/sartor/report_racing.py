@@ -28,6 +28,8 @@ _GLOSSARY = Grid(
         ["p", "control steps that the model predicts ahead in the training loss"],
         ["ones, stand, norm", "errors count alike; over their standard deviation; over their range"],
         ["ours", "errors count as the sensitivities of the MPC say: S = |Σ |dJ/du| · du/de| at each sample"],
+        ["ours_trajectory", "the same for errors of the predicted trajectory, as a rollout has them, instead of errors "
+         "of the dynamics"],
         ["ours_avg, ours_shuffled", "the mean of these labels over all samples; those of another sample"],
         ["regret", "Λ^½ du/de, with Λ the Hessian of the MPC's cost in its first control: a matrix weight"],
         ["pretrained", "the network before fine-tuning"],
@@ -137,8 +139,11 @@ def _explained(content: Mapping[str, Any]) -> Grid:
         total = lambda name, mine=mine: str(sum(r[name] for r in mine))
         mean = lambda name, mine=mine: float(np.mean([r[name] for r in mine]))
         shares = [_number(100 * mean(name), 1) for name in ("mean", "phase")]
-        body.append([model, str(len(mine)), total("labels"), total("failed"), *shares, _number(mean("rate"), 0)])
-    header = ["model", "tracks", "labels", "failed", "by the mean map [%]", "by that of each phase [%]", "labels/s"]
+        fixed = [_number(100 * value, 0) for value in np.mean([r["fixed"] for r in mine], 0)]
+        rate = _number(mean("rate"), 0)
+        body.append([model, str(len(mine)), total("labels"), total("failed"), *shares, *fixed, rate])
+    header = ["model", "tracks", "labels", "failed", "by the mean map [%]", "by that of each phase [%]",
+              "wheel speed at a bound [%]", "steering at a bound [%]", "labels/s"]  # fmt: skip
     return Grid(header, body)
 
 
@@ -229,7 +234,8 @@ REPORT = Report(
         Part(
             "truth", "Truth check", "truth.json",
             "Rank correlation of labels with what they estimate, measured by branching the plant: one control is moved "
-            "for one step, and the closed loop drives on.",
+            "for one step, and the closed loop of the published tyres drives on. Estimate and truth of S share the "
+            "sensitivity of the control to errors; what is put to the test is the slope of the cost, the first row.",
             _truth,
         ),
         Part("timing", "Where the time went", "timing.json", "Wall-clock time by phase of the run.", tables.seconds),

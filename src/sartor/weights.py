@@ -97,6 +97,13 @@ def from_factors(
     return Factor(jnp.asarray(F / (np.sqrt(per_entry) * _rms(F))))
 
 
+def regret_factors(Lambda: Float[np.ndarray, "B nu nu"], du0_de: Float[np.ndarray, "B nu N nx"]) -> np.ndarray:
+    """Λ^{1/2} du_0/de of each sample (D10), (B, nu, N, nx); directions of negative curvature do not count."""
+    values, vectors = np.linalg.eigh(np.asarray(Lambda, float))
+    root = np.einsum("bij,bj,bkj->bik", vectors, np.sqrt(np.maximum(values, 0.0)), vectors)
+    return np.einsum("bij,bjkx->bikx", root, du0_de)
+
+
 def scaled(weights: Weights, per_sample: Float[np.ndarray, " B"]) -> Weights:
     """Weights times a number for each sample, scaled back to the mean square they had."""
     size = np.asarray(per_sample, float)

@@ -3,12 +3,13 @@
     gather    the plant drives gently around the training tracks, at changing speeds and with noise
     pretrain  a network of each size, on rollouts of those drives with standardised errors
     drive     the MPC with the pretrained model drives as fast as it can, on the same tracks
-    label     these drives, with the MPC's sensitivities, for each size
+    label     these drives, with the MPC's sensitivities
     map       what the labels see along a lap, and what branching the plant says of them
     tune      fine-tune under a weighting, and race on tracks and friction that no training has seen
 
-Weightings: `ones`, `stand` (1/standard deviation), `norm` (1/range), `ours` (the sensitivities), `ours_avg` (their mean
-over samples), `ours_shuffled` (each sample has the label of another), `regret` (errors that change the first control).
+Weightings: `ones`, `stand` (1/standard deviation), `norm` (1/range), `ours` (the sensitivities to errors of the
+dynamics), `ours_trajectory` (to errors of the predicted trajectory), `ours_avg` (the mean of `ours` over samples),
+`ours_shuffled` (each sample has the label of another), `regret` (errors that change the first control).
 """
 
 from pathlib import Path
@@ -33,14 +34,14 @@ def run(config: Config, out: Path, monitor: Monitor | None = None, command: str 
     baselines = [out / "baselines" / f"{name}.json" for name in _baselines(config)]
     stage = lambda name, job, keys: [Job(out / name / f"{'-'.join(map(str, k))}.npz", job, (*k, config)) for k in keys]
     with opened(out, config, monitor, command) as workers:
-        tracks, tests = [(i,) for i in range(config.tracks)], [(i,) for i in range(config.tests)]
+        tracks, tests, seeds = ([(i,) for i in range(n)] for n in (config.tracks, config.tests, config.seeds))
         workers.run("gather", stage("gather", jobs.gather, tracks))
         workers.run("pretrain", stage("pretrained", jobs.pretrain, models))
         workers.run("drive", stage("drives", jobs.drive, tracks))
-        workers.run("label", stage("labels", jobs.label, models))
+        workers.run("label", stage("labels", jobs.label, seeds))
         branches = stage("truth", maps.branched, tests)
-        seen = [Job(out / "maps.npz", maps.lap_map, (config,)), Job(out / "phases.json", maps.lap_phases, (config,))]
-        workers.run("map", [*seen, *branches])
+        workers.run("map", [Job(out / "maps.npz", maps.lap_map, (config,)), *branches])
+        workers.run("phases", [Job(out / "phases.json", maps.lap_phases, (config,))])
         workers.run("truth", [Job(out / "truth.json", maps.truth, ([job.output for job in branches], config))])
         workers.run("clip", [Job(out / "clip.webp", maps.film, (config,))])
         names = zip(baselines, _baselines(config), strict=True)

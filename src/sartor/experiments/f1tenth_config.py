@@ -7,14 +7,16 @@ import tyro
 
 from sartor.experiments.presets import check_least, filled
 
-Weighting = Literal["ones", "stand", "norm", "ours", "ours_avg", "ours_shuffled", "regret"]
+Weighting = Literal["ones", "stand", "norm", "ours", "ours_trajectory", "ours_avg", "ours_shuffled", "regret"]
 WEIGHTINGS: tuple[Weighting, ...] = Weighting.__args__
-CHIEF: tuple[Weighting, ...] = ("stand", "ours", "ours_avg", "regret")
+CHIEF: tuple[Weighting, ...] = ("stand", "ours", "ours_trajectory", "regret")
 """Those that are compared at all sizes and lengths of rollouts."""
+BEGIN = 60
+"""Control steps that a drive takes to come to speed."""
 _PRESETS: dict[str, dict[str, Any]] = {
     "smoke": dict(
         tracks=1, tests=1, seeds=1, sizes=(4,), rollouts=(4,), weightings=("stand", "ours"), horizon=20, gather=120,
-        drive=120, steps=90, stride=20, pretrain_epochs=2, epochs=1, map_horizon=20, map_steps=90, truth=2,
+        drive=150, steps=90, stride=20, pretrain_epochs=2, epochs=1, map_horizon=20, map_steps=90, truth=2,
     ),
     "quick": dict(
         tracks=4, tests=2, seeds=1, sizes=(8,), rollouts=(20,), weightings=("stand", "ours", "ours_shuffled"),
@@ -22,7 +24,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         map_steps=480, truth=20,
     ),
     "paper": dict(
-        tracks=4, tests=6, seeds=5, sizes=(4, 8, 16), rollouts=(20, 4, 40), weightings=WEIGHTINGS, horizon=40,
+        tracks=4, tests=5, seeds=5, sizes=(4, 8, 16), rollouts=(20, 4, 40), weightings=WEIGHTINGS, horizon=40,
         gather=2400, drive=1800, steps=500, stride=6, pretrain_epochs=200, epochs=60, map_horizon=80,
         map_steps=480, truth=30,
     ),
@@ -93,8 +95,12 @@ class Config:
         config = filled(self, _PRESETS[self.preset])
         longest = max(max(config.rollouts), config.horizon)
         for name in ("drive", "steps"):
-            if getattr(config, name) <= longest:
-                raise ValueError(f"{name} must be more than {longest}, the horizon and the longest rollout.")
+            if getattr(config, name) <= longest + BEGIN:
+                raise ValueError(
+                    f"{name} must be more than {longest + BEGIN}: a start of {BEGIN}, the horizon, the longest rollout."
+                )
+        if config.map_steps <= config.map_horizon + BEGIN:
+            raise ValueError(f"map_steps must be more than {config.map_horizon + BEGIN}, a start and map_horizon.")
         return config
 
 

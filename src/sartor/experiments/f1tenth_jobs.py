@@ -14,17 +14,28 @@ from sartor import racing
 from sartor.experiments.f1tenth_config import Config, Trial, Weighting
 from sartor.experiments.f1tenth_world import PENALTY, gentle, plant, track
 from sartor.files import load_arrays, load_tree, save_arrays, save_tree, write_json
-from sartor.models.vehicle import AbstractVehicle, Corrected, Kinematic, LinearTyre, SingleTrack, corrected, f1tenth
-from sartor.racing_labels import label_windows
+from sartor.models.vehicle import (
+    SLOWEST,
+    AbstractVehicle,
+    Corrected,
+    Kinematic,
+    LinearTyre,
+    SingleTrack,
+    corrected,
+    f1tenth,
+)  # fmt: skip
+from sartor.racing_labels import DriveLabels, label_windows
 from sartor.racing_training import PREDICTED, CarSamples, Drive, cut, loss_on
 from sartor.solution import RESULTS
 from sartor.systems import racing_car
 from sartor.train import Config as Training
 from sartor.train import optimise
-from sartor.weights import Weights, constant, from_factors, from_labels
+from sartor.weights import Weights, constant, from_factors, from_labels, regret_factors
 
 _PRETRAIN_STEPS, _PRETRAIN_STRIDE = 10, 2  # p of the rollouts in pretraining
-_CAREFUL = 0.08  # margin to the walls where data is gathered [m]
+_CAREFUL = 0.08  # margin to the walls where the MPC gathers data [m]
+EPS = (0.1, 0.02)
+"""ε of the labels, and by which the truth check moves controls [m/s, rad]."""
 QUANTILE = 0.98
 """Where labels are clipped: single ones are a hundred times as large as most."""
 
@@ -48,32 +59,34 @@ def drive(output: Path, number: int, config: Config, monitor: Any) -> None:
     """The MPC with a pretrained model, as fast as it can."""
     model = load(output.parents[1], config.middle, 0)
     ran = _race(model, number, config, config.drive, _CAREFUL)
-    _save_drive(output, *map(np.asarray, (ran.xs, ran.us, ran.contact)))
+    _save_drive(output, *map(np.asarray, (ran.measured, ran.us, ran.contact)))
 
 
-def label(output: Path, size: int, seed: int, config: Config, monitor: Any) -> None:
-    """Labels of the samples of fine-tuning under a pretrained model."""
-    model = load(output.parents[1], size, seed)
+def label(output: Path, seed: int, config: Config, monitor: Any) -> None:
+    """Labels of the samples of fine-tuning, under a pretrained model of the middle size; those of other sizes take them
+    too."""
+    model = load(output.parents[1], config.middle, seed)
     samples = tuning_samples(output.parents[1], config)
     parts, begun = [], time.perf_counter()
     for number in range(config.tracks):
         on = samples.take(samples.track == number)
         xs = np.concatenate([on.x0[:, None], on.xs], 1)[:, : config.horizon + 1]
         theta = racing_car.Theta(model, track(number))
-        parts.append(label_windows(theta, config.horizon, xs, on.us[:, : config.horizon]))
+        parts.append(label_windows(theta, config.horizon, xs, on.us[:, : config.horizon], eps=jnp.asarray(EPS)))
         monitor(number + 1, config.tracks)
-    S, du0_de, Lambda, _, ok = (np.concatenate(column) for column in zip(*parts, strict=True))
+    labels = DriveLabels(*(np.concatenate(column) for column in zip(*parts, strict=True)))
     rate = samples.size / (time.perf_counter() - begun)
-    single = np.float32
-    save_arrays(output, S=S.astype(single), du0_de=du0_de.astype(single), Lambda=Lambda, ok=ok, rate=np.array(rate))
+    large = {name: getattr(labels, name).astype(np.float32) for name in ("S", "du0_de", "du0_derror")}
+    small = {name: getattr(labels, name) for name in ("dJ_du0", "Lambda", "ok")}
+    save_arrays(output, **large, **small, rate=np.array(rate))
 
 
 def tune(output: Path, trial: Trial, config: Config, monitor: Any) -> None:
     """Fine-tune, and race on the held-out tracks."""
     folder, begun = output.parents[1], time.perf_counter()
-    samples, labels = tuning_samples(folder, config), load_arrays(folder / "labels" / f"{trial.size}-{trial.seed}.npz")
+    samples, labels = tuning_samples(folder, config), load_arrays(folder / "labels" / f"{trial.seed}.npz")
     ok = labels["ok"] & (samples.clear >= trial.p)
-    samples, labels = samples.take(ok), {name: labels[name][ok] for name in ("S", "du0_de", "Lambda")}
+    samples, labels = samples.take(ok), {name: value[ok] for name, value in labels.items() if value.ndim}
     weights = _weights(trial.weighting, samples, labels, trial.p, trial.seed)
     model = load(folder, trial.size, trial.seed)
     training = Training(config.epochs, config.batch, learning_rate=config.learning_rate, seed=trial.seed)
@@ -133,7 +146,8 @@ def _race(
 def _weights(
     weighting: Weighting, samples: CarSamples, labels: dict[str, np.ndarray], num_steps: int, seed: int
 ) -> Weights:
-    x = samples.xs.reshape(-1, samples.xs.shape[-1])
+    x = samples.xs - samples.x0[:, None] * (np.arange(9) == 0)  # a car that has driven far has no larger errors of s
+    x = x.reshape(-1, x.shape[-1])
     same = lambda sizes: constant(np.where(PREDICTED, sizes, 1.0), samples.size, num_steps, PREDICTED)
     if weighting == "ones":
         return same(np.ones(x.shape[1]))
@@ -141,13 +155,12 @@ def _weights(
         return same(1.0 / np.maximum(x.std(0), 1e-9))
     if weighting == "norm":
         return same(1.0 / np.maximum(np.ptp(x, 0), 1e-9))
-    if weighting == "regret":
-        values, vectors = np.linalg.eigh(labels["Lambda"])
-        root = np.einsum("bij,bj,bkj->bik", vectors, np.sqrt(np.maximum(values, 0.0)), vectors)
-        return from_factors(
-            np.einsum("bij,bjkx->bikx", root, labels["du0_de"]), num_steps, PREDICTED, quantile=QUANTILE
-        )
+    if weighting == "regret":  # of the errors of a rollout, which its loss sees
+        factors = regret_factors(labels["Lambda"], labels["du0_derror"])
+        return from_factors(factors, num_steps, PREDICTED, quantile=QUANTILE)
     S = np.asarray(labels["S"], float)
+    if weighting == "ours_trajectory":
+        S = np.abs(np.einsum("bj,bjkx->bkx", labels["dJ_du0"], labels["du0_derror"]))
     if weighting == "ours_avg":
         S = np.broadcast_to(S.mean(0), S.shape)
     elif weighting == "ours_shuffled":
@@ -177,7 +190,9 @@ def load(out: Path, size: int, seed: int) -> Corrected:
 
 
 def _save_drive(path: Path, xs: np.ndarray, us: np.ndarray, contact: np.ndarray) -> None:
-    save_arrays(path, xs=xs, us=us, clear=np.concatenate([[True], contact <= 0.0]))
+    """What no model is meant for is left out of training as contact is: a car that hardly rolls, or has spun."""
+    driving = (xs[:, 3] > SLOWEST) & (np.abs(xs[:, 2]) < 0.5 * np.pi)
+    save_arrays(path, xs=xs, us=us, clear=driving & np.concatenate([[True], contact <= 0.0]))
 
 
 def _drives(folder: Path, config: Config) -> list[Drive]:

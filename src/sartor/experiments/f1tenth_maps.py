@@ -1,5 +1,6 @@
 """What the labels of the racing experiment see: a map of a lap, the phases of a lap, and the truth by branching."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from jaxtyping import Array
 
 from sartor import racing
 from sartor.experiments import f1tenth_jobs as jobs
-from sartor.experiments.f1tenth_config import Config
+from sartor.experiments.f1tenth_config import BEGIN, Config
 from sartor.experiments.f1tenth_world import plant, track
 from sartor.files import load_arrays, save_arrays, write_json
 from sartor.models.vehicle import AbstractVehicle, f1tenth
@@ -23,13 +24,11 @@ from sartor.systems import racing_car
 from sartor.systems.racing_car import Theta
 from sartor.track import Track
 from sartor.truth import along, diagonal_regret, ranks
-from sartor.weights import explained
+from sartor.weights import explained, from_labels
 
 STEPS_ON = 60  # control steps of a branch, 2 s
-STEP = (0.1, 0.02)  # by which controls are moved [m/s, rad]
 _SHOWN = 0  # track of the maps: the first held-out one
 _POINTS = 200  # of a line of the track
-_BEGIN = 60  # control steps that a drive takes to come to speed
 
 
 def lap_map(output: Path, config: Config, monitor: Any) -> None:
@@ -39,41 +38,54 @@ def lap_map(output: Path, config: Config, monitor: Any) -> None:
     driver = racing_car.controller(theta, config.map_horizon)
     ran = racing.race(plant(number), driver, racing_car.at_rest(0.0, 2.0), config.map_steps, jax.random.key(1))
     xs, us, N = np.asarray(ran.xs), np.asarray(ran.us), config.map_horizon
-    end = min(_BEGIN + int(np.sum(xs[_BEGIN:, 0] < xs[_BEGIN, 0] + float(here.length))), len(us) - N + 1)
-    labels = label_drive(theta, N, xs[_BEGIN : end + N], us[_BEGIN : end + N - 1])
+    end = min(BEGIN + int(np.sum(xs[BEGIN:, 0] < xs[BEGIN, 0] + float(here.length))), len(us) - N + 1)
+    begun = time.perf_counter()
+    labels = label_drive(theta, N, xs[BEGIN : end + N], us[BEGIN : end + N - 1], eps=jnp.asarray(jobs.EPS))
+    rate = len(labels.ok) / (time.perf_counter() - begun)
     monitor(2, 3)
-    ahead = np.arange(_BEGIN, end)[:, None] + np.arange(N + 1)
+    ahead = np.arange(BEGIN, end)[:, None] + np.arange(N + 1)
     plans = _plans(theta, N, jnp.asarray(xs[ahead]), jnp.asarray(us[ahead[:, :-1]]))
-    x, sides = xs[_BEGIN:end], _lines(here)
+    x, sides = xs[BEGIN:end], _lines(here)
     save_arrays(
-        output, xs=xs[_BEGIN : end + 1], xy=_places(here, x), plan=_places(here, np.asarray(plans)).astype(np.float32),
+        output, xs=xs[BEGIN : end + 1], xy=_places(here, x), plan=_places(here, np.asarray(plans)).astype(np.float32),
         heading=np.asarray(jax.vmap(here.heading_at)(jnp.asarray(x[:, 0]))) + x[:, 2], S=labels.S.astype(np.float32),
-        ok=labels.ok, phase=phases(here, x[:, 0]), size=_sizes(output.parent, config), **sides,
+        ok=labels.ok, du0_de=labels.du0_de.astype(np.float32), rate=np.array(rate), phase=phases(here, x[:, 0]),
+        size=_sizes(output.parent, config), **sides,
     )  # fmt: skip
 
 
 def lap_phases(output: Path, config: Config, monitor: Any) -> None:
-    """Which state matters in which phase, under every pretrained model of the first seed."""
-    out = output.parent
-    samples, sizes, rows, means = jobs.tuning_samples(out, config), _sizes(out, config), [], []
-    for done, size in enumerate(config.sizes):
-        labels = load_arrays(out / "labels" / f"{size}-0.npz")
-        for number in range(config.tracks):
-            mine = samples.track == number
-            ok = mine & labels["ok"]
-            S, phase = labels["S"][ok], phases(track(number), samples.x0[ok, 0])
-            clipped = np.minimum(S, np.quantile(S, jobs.QUANTILE)) * sizes  # as in training
-            about = {"model": f"pretrained, {size} hidden", "track": number}
-            rows += [
-                {**about, "phase": name, "samples": int(np.sum(phase == name)), "shares": share.tolist()}
-                for name, share in shares(S, phase, sizes).items()
-            ]
-            means.append({
-                **about, "labels": int(mine.sum()), "failed": int(np.sum(mine & ~labels["ok"])),
-                "mean": explained(clipped), "phase": _explained_by(clipped, phase), "rate": float(labels["rate"]),
-            })  # fmt: skip
-        monitor(done + 1, len(config.sizes))
+    """Which state matters in which phase, under a pretrained model on the drives, and under the published tyres."""
+    out, p = output.parent, config.rollouts[0]
+    samples, sizes = jobs.tuning_samples(out, config), _sizes(out, config)
+    labels, lap = load_arrays(out / "labels" / "0.npz"), load_arrays(out / "maps.npz")
+    rows, means = [], []
+    for number in (i for i in range(config.tracks) if np.any(samples.track == i)):
+        mine = samples.track == number
+        about = {"model": f"pretrained, {config.middle} units", "track": number, "rate": float(labels["rate"])}
+        phase = phases(track(number), samples.x0[mine, 0])
+        S, du0_de, ok = (labels[name][mine] for name in ("S", "du0_de", "ok"))
+        _tell(about, S, du0_de, ok, phase, sizes, p, rows, means)
+    about = {"model": f"published tyres, N = {config.map_horizon}", "track": -1 - _SHOWN, "rate": float(lap["rate"])}
+    _tell(about, lap["S"], lap["du0_de"], lap["ok"], lap["phase"], sizes, p, rows, means)
     write_json(output, {"states": racing_car.STATES, "rows": rows, "explained": means})
+
+
+def _tell(about, S, du0_de, ok, phase, sizes, num_steps, rows, means) -> None:
+    rate = about.pop("rate")
+    kept, phase = S[ok], phase[ok]
+    if not len(kept):
+        return
+    rows += [
+        {**about, "phase": name, "samples": int(np.sum(phase == name)), "shares": share.tolist()}
+        for name, share in shares(kept, phase, sizes).items()
+    ]
+    W = np.asarray(from_labels(kept, num_steps, PREDICTED, quantile=jobs.QUANTILE).W)
+    fixed = np.all(du0_de[ok] == 0.0, (2, 3)).mean(0)
+    means.append({
+        **about, "labels": len(ok), "failed": int(np.sum(~ok)), "mean": explained(W), "phase": _explained_by(W, phase),
+        "rate": rate, "fixed": fixed.tolist(),
+    })  # fmt: skip
 
 
 def film(output: Path, config: Config, monitor: Any) -> None:
@@ -84,19 +96,20 @@ def film(output: Path, config: Config, monitor: Any) -> None:
 
 
 def branched(output: Path, test: int, config: Config, monitor: Any) -> None:
-    """Slopes and curvatures of the closed loop at some moments of a race of the middle model, and the labels there."""
-    out, number = output.parents[1], -1 - test
-    model = jobs.load(out, config.middle, 0)
-    driver, begin = racing_car.controller(Theta(model, track(number)), config.horizon), racing_car.at_rest(0.0, 2.0)
+    """Slopes and curvatures of the closed loop at some moments of a race of the published tyres, and the labels
+    there: a car that spins, as a bad model's, has slopes of either sign."""
+    number = -1 - test
+    theta = Theta(f1tenth(), track(number))
+    driver, begin = racing_car.controller(theta, config.horizon), racing_car.at_rest(0.0, 2.0)
     steps, key = config.steps, jax.random.key(number + 100)
     ran = racing.race(plant(number), driver, begin, steps, key)
     xs, us = np.asarray(ran.xs), np.asarray(ran.us)
-    at = np.linspace(_BEGIN, steps - config.horizon - 1, config.truth).astype(int)
+    at = np.linspace(BEGIN, steps - config.horizon - 1, config.truth).astype(int)
     monitor(1, 3)
-    found = racing.branches(plant(number), driver, begin, steps, key, jnp.asarray(at), STEPS_ON, jnp.asarray(STEP))
+    found = racing.branches(plant(number), driver, begin, steps, key, jnp.asarray(at), STEPS_ON, jnp.asarray(jobs.EPS))
     monitor(2, 3)
     ahead = at[:, None] + np.arange(config.horizon + 1)
-    labels = label_windows(Theta(model, track(number)), config.horizon, xs[ahead], us[ahead[:, :-1]])
+    labels = label_windows(theta, config.horizon, xs[ahead], us[ahead[:, :-1]], eps=jnp.asarray(jobs.EPS))
     slope, curvature = (np.asarray(leaf) for leaf in found)
     save_arrays(output, slope=slope, curvature=curvature, x=xs[at], **labels._asdict())
 
@@ -120,16 +133,10 @@ def truth(output: Path, files: list[Path], config: Config, monitor: Any) -> None
         ("ours_avg", "S of eq. 4"): (np.broadcast_to(S.mean(0), S.shape), true),
         ("ours_shuffled", "S of eq. 4"): (S[np.random.default_rng(0).permutation(len(S))], true),
     }  # fmt: skip
+    found = {key: ranks(*pair) for key, pair in compared.items()}
     rows = [
-        {
-            "variant": variant,
-            "quantity": quantity,
-            "n": r.n,
-            "overall": r.overall,
-            "steps": r.within,
-            "samples": r.across,
-        }
-        for (variant, quantity), r in ((key, ranks(*pair)) for key, pair in compared.items())
+        {"variant": variant, "quantity": what, "n": r.n, "overall": r.overall, "steps": r.within, "samples": r.across}
+        for (variant, what), r in found.items()
     ]
     write_json(output, {"rows": rows})
 

@@ -21,7 +21,7 @@ from sartor.track_generator import generate
 
 PENALTY = 5.0
 """Seconds that a second in contact with a wall costs."""
-_FIRST_TRACK, _FIRST_TEST = 100, 200  # seeds of tracks
+_FIRST_TRACK, _FIRST_TEST = 100, 300  # seeds of tracks
 _SPEEDS, _HELD = (1.2, 4.5), 20  # of a gentle drive [m/s], and for how many control steps one is held
 
 

@@ -19,6 +19,7 @@ from sartor.weights import (
     from_labels,
     mix,
     per_environment,
+    regret_factors,
     scaled,
 )
 
@@ -45,7 +46,7 @@ def weights(
     if name in ("ones", "stand", "norm", "mpc_cost"):
         found: Weights = constant(_per_state(name, samples), samples.size, num_steps, states)
     elif name == "regret":
-        found = from_factors(_regret_factors(labels), num_steps, states)
+        found = from_factors(regret_factors(labels["Lambda"], labels["du0_de"]), num_steps, states)
     else:
         S = labels["S_closed_loop"] if name == "closed_loop" else combined(labels, config)
         if name == "ours_avg":
@@ -118,10 +119,3 @@ def _per_state(name: str, samples: Windows) -> np.ndarray:
         "norm": 1.0 / (x.max(0) - x.min(0)),
         "mpc_cost": np.sqrt(np.asarray(panda.WEIGHTS)),
     }[name]
-
-
-def _regret_factors(labels: dict[str, np.ndarray]) -> np.ndarray:
-    """Λ^{1/2} du_0/de of each sample (D10)."""
-    values, vectors = np.linalg.eigh(labels["Lambda"].astype(float))
-    root = np.einsum("bij,bj,bkj->bik", vectors, np.sqrt(np.maximum(values, 0.0)), vectors)
-    return np.einsum("bij,bjkx->bikx", root, labels["du0_de"])

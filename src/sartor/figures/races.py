@@ -14,7 +14,15 @@ from sartor.pairing import Arm
 
 ALONE = ("linear", "kinematic", "published", "oracle")
 """Models without a network."""
-_SWEPT = {"pretrained": "o", "stand": "o", "ours": "o", "ours_avg": "s", "ours_shuffled": "v", "regret": "o"}
+_SWEPT = {
+    "pretrained": "o",
+    "stand": "o",
+    "ours": "o",
+    "ours_trajectory": "s",
+    "ours_avg": "s",
+    "ours_shuffled": "v",
+    "regret": "o",
+}
 
 
 class Races(NamedTuple):

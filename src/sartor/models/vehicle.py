@@ -1,12 +1,12 @@
 """Models of a small racing car: what its speeds do, by tyres or by kinematics, and a network for what these leave out.
 
-    v_x' = (F_xr + F_xf cosδ - F_yf sinδ - drag)/m + v_y r,   drag = c_0 + c_1 v_x + c_2 v_x²  [N/kg, times m]
+    v_x' = (F_xr + F_xf cosδ - F_yf sinδ - drag)/m + v_y r,   drag = c_0 + c_1 v_x + c_2 v_x²
     v_y' = (F_yr + F_yf cosδ + F_xf sinδ)/m - v_x r
     r'   = (l_f (F_yf cosδ + F_xf sinδ) - l_r F_yr)/I
     α_f  = atan((v_y + l_f r)/v_x) - δ,   α_r = atan((v_y - l_r r)/v_x),   σ = (w - v)/v  along a wheel            (D24)
 
 with the speed w of the tyres' surface, the same at all wheels, the steering angle δ, and loads at rest. Below
-`SLOWEST` the speed in denominators is held there.
+`SLOWEST` the speed in denominators is held there, and δ in α_f fades with v_x: a car that stands feels no force.
 
 Source: the vehicle of the code of Węgrzynowski et al., Learning What Matters, with l_r at the rear axle.
 """
@@ -99,7 +99,10 @@ class Pacejka(AbstractTyre):
 
 
 class LinearTyre(AbstractTyre):
-    """F_x = F_z c_σ σ,   F_y = -F_z c_α α: what a user without tyre data has. Its forces know no limit."""
+    """F_x = F_z c_σ σ,   F_y = -F_z c_α α: what a user without tyre data has. Its forces know no limit.
+
+    c_α is that of the front tyre in f1tenth_gym; c_σ is a guess of the same size.
+    """
 
     slip_stiffness: Any = 6.0
     """c_σ."""
@@ -141,13 +144,15 @@ class SingleTrack(AbstractVehicle):
         vx, vy, r, friction, wheel, steer = motion
         body, cos, sin = self.body, jnp.cos(steer), jnp.sin(steer)
         fast = jnp.maximum(vx, SLOWEST)
-        rolling = jnp.maximum(vx * cos + (vy + body.lf * r) * sin, SLOWEST)
-        front_angle = jnp.arctan((vy + body.lf * r) / fast) - steer
+        rolling = vx * cos + (vy + body.lf * r) * sin
+        front_angle = jnp.arctan((vy + body.lf * r) / fast) - steer * jnp.clip(vx / SLOWEST, 0.0, 1.0)
         rear_angle = jnp.arctan((vy - body.lr * r) / fast)
-        xf, yf = self.front.forces(friction * front_load, (wheel - rolling) / rolling, front_angle)
-        xr, yr = self.rear.forces(friction * rear_load, (wheel - fast) / fast, rear_angle)
+        xf, yf = self.front.forces(
+            friction * front_load, (wheel - rolling) / jnp.maximum(rolling, SLOWEST), front_angle
+        )
+        xr, yr = self.rear.forces(friction * rear_load, (wheel - vx) / fast, rear_angle)
         side = yf * cos + xf * sin
-        drag = body.drag[0] + body.drag[1] * vx + body.drag[2] * vx**2
+        drag = body.drag[0] * jnp.clip(vx / SLOWEST, -1.0, 1.0) + body.drag[1] * vx + body.drag[2] * vx**2
         return jnp.stack([
             (xr + xf * cos - yf * sin - drag) / body.mass + vy * r,
             (yr + side) / body.mass - vx * r,
@@ -183,7 +188,7 @@ class Corrected(AbstractVehicle):
     network: Network
     """g, from five numbers to three."""
     sizes: tuple[float, ...] = eqx.field(static=True, default=(3.0, 0.5, 3.0, 0.3, 0.3))
-    """Of its inputs."""
+    """Of its inputs [m/s, m/s, rad/s, m/s, rad]."""
     answers: tuple[float, ...] = eqx.field(static=True, default=(4.0, 4.0, 20.0))
     """Of its outputs [m/s², m/s², rad/s²]."""
 
