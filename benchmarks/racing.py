@@ -90,7 +90,7 @@ def step_row(vehicle: Any, horizon: int, num_steps: int) -> dict[str, Any]:
         car.controller(car.Theta(vehicle, track), horizon),
     )
     begin, control = eqx.filter_jit(lambda driver, x: driver.init(x)), eqx.filter_jit(lambda driver, *at: driver(*at))
-    move, state, times, failed = eqx.filter_jit(lambda plant, *at: plant.step(*at)), plant.start(car.at_rest()), [], 0
+    move, state, times, failed = eqx.filter_jit(lambda plant, *at: plant.step(*at)), plant.start(car.rolling()), [], 0
     started = time.perf_counter(), time.process_time()
     memory = jax.block_until_ready(begin(driver, state.x))
     jax.block_until_ready(control(driver, state.x, 0, memory))
@@ -119,7 +119,7 @@ def label_row(vehicle: Any, horizon: int, config: Config) -> dict[str, Any]:
 
     track = named("fin")
     plant, theta = racing.RacingPlant(vehicle, track, racing.patches(track, 0.8, 0)), car.Theta(vehicle, track)
-    ran = racing.race(plant, car.controller(theta, horizon), car.at_rest(), config.num_steps, jax.random.key(0))
+    ran = racing.race(plant, car.controller(theta, horizon), car.rolling(), config.num_steps, jax.random.key(0))
     xs, us = np.asarray(ran.xs), np.asarray(ran.us)
 
     def labelled() -> tuple[Any, float]:

@@ -72,8 +72,8 @@ def residual_inertia(q, z):
 
 def accelerations(q, qd, u, z):
     """qdd of (M_nom + H_res) qdd + h_nom + h_res = u."""
-    at_rest = inverse_dynamics(q, 0.0 * qd, 0.0 * qd)
-    M = jax.vmap(lambda e: inverse_dynamics(q, 0.0 * qd, e) - at_rest)(jnp.eye(7))
+    rolling = inverse_dynamics(q, 0.0 * qd, 0.0 * qd)
+    M = jax.vmap(lambda e: inverse_dynamics(q, 0.0 * qd, e) - rolling)(jnp.eye(7))
     H, H_dot = jax.jvp(lambda q: residual_inertia(q, z), (q,), (qd,))
     potential = lambda q: network("potential", jnp.concatenate([jnp.cos(q), jnp.sin(q), z]))[0]
     energy = lambda q: 0.5 * qd @ residual_inertia(q, z) @ qd - potential(q)

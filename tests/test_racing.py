@@ -81,7 +81,7 @@ def test_a_network_adds_nothing_at_first():
 def test_track_coordinates_agree_with_the_plane():
     """The same drive, integrated in x, y and the heading by SciPy."""
     u = jnp.asarray([3.0, 0.1])
-    x = car.at_rest(0.0, 2.5)
+    x = car.rolling(0.0, 2.5)
     rates = jax.jit(lambda v, wheel, steer: CAR.rates(Motion(*v, jnp.asarray(0.8), wheel, steer)))
 
     def plane(t, z):
@@ -116,7 +116,7 @@ def _with_defects(horizon):
 
 def test_sensitivities_are_central_differences_with_walls_active():
     problem, solver = _with_defects(HORIZON), SQP(tol=1e-11)
-    x0 = car.at_rest(8.0, 3.0)
+    x0 = car.rolling(8.0, 3.0)
     theta = (THETA, jnp.zeros((HORIZON, 9)))
     begin = car.first_guess(HORIZON)(x0, THETA)
     sol = solve(problem, theta, x0, guess=begin, solver=solver)
@@ -173,7 +173,7 @@ def test_braking_loads_the_front_axle():
 
 
 def test_walls_push_back_and_take_speed():
-    x = car.at_rest(0.5, 3.0).at[1].set(0.27).at[2].set(0.5)
+    x = car.rolling(0.5, 3.0).at[1].set(0.27).at[2].set(0.5)
     plant, u = _plain_plant(), jnp.asarray([3.0, 0.0])
     step, state, depth = eqx.filter_jit(plant.step), plant.start(x), []
     for _ in range(12):
@@ -202,7 +202,7 @@ def test_patches_are_those_of_their_seed():
 
 def test_the_closed_loop_drives_fast_and_clear_of_the_walls():
     plant = eqx.tree_at(lambda p: p.friction, _plain_plant(height=0.06, delay=0.012), racing.patches(TRACK, 0.8, 0))
-    ran = racing.race(plant, car.controller(THETA, 40), car.at_rest(0.0, 2.0), 100, jax.random.key(0))
+    ran = racing.race(plant, car.controller(THETA, 40), car.rolling(0.0, 2.0), 100, jax.random.key(0))
     assert int(jnp.sum(ran.results != RESULTS.successful)) == 0 and float(ran.contact.max()) == 0.0
     assert float(ran.xs[-1, 0]) > 8.0  # 6.6 m at the speed that it begins with
 
@@ -228,7 +228,7 @@ class Moved(eqx.Module):
 
 def test_branches_are_differences_of_whole_drives():
     plant = racing.RacingPlant(CAR, TRACK, racing.patches(TRACK, 0.8, 3))
-    driver, begin, key = car.controller(THETA, HORIZON), car.at_rest(0.0, 2.0), jax.random.key(0)
+    driver, begin, key = car.controller(THETA, HORIZON), car.rolling(0.0, 2.0), jax.random.key(0)
     step, steps_on, moments = jnp.asarray([0.05, 0.01]), 12, jnp.asarray([20, 41])
     found = racing.branches(plant, driver, begin, 60, key, moments, steps_on, step)
 

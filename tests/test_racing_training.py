@@ -32,7 +32,7 @@ def drives():
             x = car.step(x, u, 0, Theta(published(), track))
             return x, (x, u)
 
-        begin = car.at_rest(0.0, 2.0)
+        begin = car.rolling(0.0, 2.0)
         _, (xs, us) = jax.lax.scan(advance, begin, jnp.arange(60))
         return jnp.concatenate([begin[None], xs]), us
 

@@ -83,10 +83,21 @@ def _write(path, header, rows, separator=","):
     return path
 
 
-@pytest.mark.parametrize("header", ["# x_m, y_m, w_tr_right_m, w_tr_left_m", "x,y,w_right,w_left", ""])
-def test_files_of_centrelines_are_read(tmp_path, header):
+@pytest.mark.parametrize(
+    "header, separator",
+    [
+        ("# x_m, y_m, w_tr_right_m, w_tr_left_m", ","),
+        ("x,y,w_right,w_left", ","),
+        ("", ","),
+        ("X,Y,W_RIGHT,W_LEFT", ","),
+        ("x [m],y [m],w_right [m],w_left [m]", ","),
+        ("# x,y,w_right,w_left\n# an oval, by hand", ","),
+        ("x y w_right w_left", " "),
+    ],
+)
+def test_files_of_centrelines_are_read(tmp_path, header, separator):
     rows = np.column_stack([OVAL, np.full(120, 0.2), np.full(120, 0.4)])
-    track = read_track(_write(tmp_path / "oval.csv", header, rows), smoothing=0.0)
+    track = read_track(_write(tmp_path / "oval.csv", header, rows, separator), smoothing=0.0)
     expected = from_points(OVAL, 0.4, 0.2, smoothing=0.0)
     np.testing.assert_allclose(track.curvature, expected.curvature, atol=1e-3)
     assert [float(w) for w in track.walls_at(jnp.asarray(1.0))] == pytest.approx([0.4, 0.2])
@@ -104,7 +115,8 @@ def test_files_of_lines_need_a_width(tmp_path):
 @pytest.mark.parametrize(
     "xy, options, message",
     [
-        (OVAL[:80], {}, "the loop is open"),
+        (OVAL[:80], {}, "the loop is open: from the last point to the first"),
+        (np.delete(OVAL, np.arange(30, 70), 0), {}, "the loop is open: from point 29 to the next"),
         (OVAL[::15], {}, "too few"),
         (np.stack([2.0 * np.sin(ANGLES), np.sin(2.0 * ANGLES)], 1), {}, "crosses itself"),
         (OVAL, {"left": 0.05, "right": 0.1}, "less than the car"),

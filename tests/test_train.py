@@ -108,8 +108,8 @@ def test_a_window_is_a_state_with_its_past_and_what_came_after():
         np.testing.assert_array_equal(x0, log.xs[t])
         np.testing.assert_array_equal(us, log.us[t : t + 3])
         np.testing.assert_array_equal(xs, log.xs[t + 1 : t + 4])
-        at_rest = np.asarray(rest(jnp.asarray(log.xs[0, :1]), 2))
-        np.testing.assert_allclose(past, np.concatenate([at_rest, seen[run][:t]])[-2:], rtol=1e-6, atol=1e-6)
+        rolling = np.asarray(rest(jnp.asarray(log.xs[0, :1]), 2))
+        np.testing.assert_allclose(past, np.concatenate([rolling, seen[run][:t]])[-2:], rtol=1e-6, atol=1e-6)
 
 
 def test_the_history_shows_what_is_left_out():

@@ -50,10 +50,9 @@ class MPC(eqx.Module):
     The first solve starts cold and runs until it has converged; each later one starts from the solution
     before, shifted. If a solve fails, its control is not used: the controller applies what the last
     successful plan holds for now (beyond the end of that plan: its last control), and records the status.
-    The next solve starts from `first_guess` if there is one; else where the failed one ended, or from the older guess
-    if that is not finite. Before
-    any success the plan holds the controls nearest to zero. So a control is always finite and within its
-    bounds.
+    The next solve starts from `first_guess` if there is one; else where the failed one ended, or from the
+    older guess if that is not finite. Before any success the plan holds the controls nearest to zero. So a
+    control is always finite and within its bounds.
     """
 
     problem: Problem
@@ -69,8 +68,8 @@ class MPC(eqx.Module):
     """theta_at(theta, k) -> the parameters of the problem at control step k, such as θ with the part of a
     reference that lies ahead (`window`). None: `theta` at all steps."""
     first_guess: Callable | None = eqx.field(static=True, default=None)
-    """first_guess(x, theta) -> where the first solve starts, as by `sartor.guess`. None: at the controls nearest to
-    zero."""
+    """first_guess(x, theta) -> where the first solve starts, and each one after a failed solve, as by `sartor.guess`.
+    None: at the controls nearest to zero."""
 
     def init(self, x: Float[Array, " nx"]) -> Memory:
         """Memory before control step 0, from a cold start at the measured state x, which must be finite."""

@@ -86,10 +86,10 @@ def _windows_of(log: Log, run: int, model: AbstractModel, num_steps: int, stride
     n, length, num = model.body.nq, model.history_length, len(log.us)
     if log.us.shape[1] != n:
         raise ValueError(f"logs[{run}] has {log.us.shape[1]} joints, but the model has {n}: it is of another robot.")
-    at_rest = np.abs(log.xs[0, n:]).max() <= _AT_REST
-    first = 0 if at_rest else length
+    rolling = np.abs(log.xs[0, n:]).max() <= _AT_REST
+    first = 0 if rolling else length
     if num < first + num_steps:
-        past = "" if at_rest else f" and, as the log begins in motion, {length} before it"
+        past = "" if rolling else f" and, as the log begins in motion, {length} before it"
         raise ValueError(f"logs[{run}] has {num} control steps: a sample needs {num_steps} to follow it{past}.")
     past = np.asarray(_history(model.body, jnp.asarray(log.xs), jnp.asarray(log.us), log.dt))
     past = np.concatenate([np.asarray(rest(jnp.asarray(log.xs[0, :n]), length)), past])

@@ -132,10 +132,12 @@ def _checked_points(name: str, xy: np.ndarray, left: np.ndarray | float, right: 
     if len(xy) < 12:
         raise ValueError(f"{name}: {len(xy)} different points are too few for a closed curve; give at least 12.")
     steps = np.linalg.norm(np.roll(xy, -1, 0) - xy, axis=1)
-    if steps[-1] > 5.0 * np.median(steps):
+    widest, usual = int(np.argmax(steps)), float(np.median(steps))
+    if steps[widest] > 5.0 * usual:
+        place = "the last point to the first" if widest == len(xy) - 1 else f"point {widest} to the next"
         raise ValueError(
-            f"{name}: the loop is open: from the last point to the first it is {steps[-1]:.3g} m, where others are "
-            f"{np.median(steps):.3g} m apart. Add what is missing, or take one lap only."
+            f"{name}: the loop is open: from {place} it is {steps[widest]:.3g} m, where others are {usual:.3g} m apart."
+            " Add what is missing, or take one lap only."
         )
     return xy, *widths
 

@@ -3,8 +3,8 @@
     x, y, w_right, w_left            centrelines with the free width to either side [m]
     s, x, y, psi, kappa, ...         lines without widths; of these, x and y are used
 
-Names may stand in a comment, carry units (`x_m`, `w_tr_right_m`), and be separated by comma or semicolon. Four columns
-without names are those of the first kind.
+Names may stand in a comment, carry units (`x_m`, `x [m]`, `w_tr_right_m`), and be separated by comma, semicolon or
+blanks. Four columns without names are those of the first kind.
 """
 
 import re
@@ -54,14 +54,19 @@ def _parsed(path: Path) -> tuple[list[str], list[list[str]]]:
     names, rows = [], []
     for line in path.read_text(encoding="utf-8-sig").splitlines():
         cells = [cell.strip() for cell in re.split(r"[;,\t]", line.strip().lstrip("# "))]
-        comment = line.lstrip().startswith("#")
-        if comment or (not rows and not names and "x" in line):
-            names = cells if len(cells) > 1 else names
-        elif any(cells):
+        cells = line.strip().lstrip("# ").split() if len(cells) == 1 else cells
+        if not rows and "x" in map(_plain, cells):
+            names = cells
+        elif any(cells) and not line.lstrip().startswith("#"):
             rows.append(cells)
     if not rows:
         raise ValueError(f"{path}: there are no rows of numbers.")
     return names, rows
+
+
+def _plain(name: str) -> str:
+    """The name of a column without its unit."""
+    return re.sub(r"_(m|rad|radpm|mps|mps2)$|\s*[\[(].*$", "", name.lower())
 
 
 def _columns(path: Path, names: list[str], rows: list[list[str]]) -> dict[str, np.ndarray]:
@@ -76,7 +81,7 @@ def _columns(path: Path, names: list[str], rows: list[list[str]]) -> dict[str, n
         names = ["x", "y", "w_right", "w_left"]
     if len(names) != values.shape[1]:
         raise ValueError(f"{path}: {len(names)} names for {values.shape[1]} columns; write them in the first line.")
-    plain = [re.sub(r"_(m|rad|radpm|mps|mps2)$", "", name.lower()) for name in names]
+    plain = [_plain(name) for name in names]
     found = {what: values[:, plain.index(word)] for what, words in _MEANINGS.items() for word in words if word in plain}
     missing = {"x", "y"} - set(found)
     if missing:

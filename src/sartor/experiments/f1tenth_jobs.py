@@ -137,7 +137,7 @@ def _race(
     model: AbstractVehicle, number: int, config: Config, steps: int, margin: float = racing_car.MARGIN
 ) -> racing.Race:
     theta = racing_car.Theta(model, track(number), margin=margin)
-    begin = racing_car.at_rest(0.0, 2.0)
+    begin = racing_car.rolling(0.0, 2.0)
     return racing.race(
         plant(number), racing_car.controller(theta, config.horizon), begin, steps, jax.random.key(number + 100)
     )

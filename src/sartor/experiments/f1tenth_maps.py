@@ -36,7 +36,7 @@ def lap_map(output: Path, config: Config, monitor: Any) -> None:
     number = -1 - _SHOWN
     here, theta = track(number), Theta(f1tenth(), track(number))
     driver = racing_car.controller(theta, config.map_horizon)
-    ran = racing.race(plant(number), driver, racing_car.at_rest(0.0, 2.0), config.map_steps, jax.random.key(1))
+    ran = racing.race(plant(number), driver, racing_car.rolling(0.0, 2.0), config.map_steps, jax.random.key(1))
     xs, us, N = np.asarray(ran.xs), np.asarray(ran.us), config.map_horizon
     end = min(BEGIN + int(np.sum(xs[BEGIN:, 0] < xs[BEGIN, 0] + float(here.length))), len(us) - N + 1)
     begun = time.perf_counter()
@@ -100,7 +100,7 @@ def branched(output: Path, test: int, config: Config, monitor: Any) -> None:
     there: a car that spins, as a bad model's, has slopes of either sign."""
     number = -1 - test
     theta = Theta(f1tenth(), track(number))
-    driver, begin = racing_car.controller(theta, config.horizon), racing_car.at_rest(0.0, 2.0)
+    driver, begin = racing_car.controller(theta, config.horizon), racing_car.rolling(0.0, 2.0)
     steps, key = config.steps, jax.random.key(number + 100)
     ran = racing.race(plant(number), driver, begin, steps, key)
     xs, us = np.asarray(ran.xs), np.asarray(ran.us)

@@ -69,7 +69,7 @@ def _gentle(plant: RacingPlant, theta: Theta, speeds: Float[Array, " T"], key: A
         state = plant.step(state, u)
         return (state, noise), (state.x, u, racing.contact(plant.track, state.x))
 
-    begin = racing_car.at_rest(0.0, 2.0)
+    begin = racing_car.rolling(0.0, 2.0)
     steps = (jnp.arange(speeds.shape[0]), speeds)
     _, (xs, us, contact) = jax.lax.scan(advance, (plant.start(begin), jnp.zeros(2)), steps)
     return jnp.concatenate([begin[None], xs]), us, contact

@@ -8,7 +8,7 @@
     n within the walls less a margin, soft;   0.01 ≤ w_ref ≤ 7 m/s,   |δ_ref| ≤ 0.5 rad;   RK4 steps of 0.033 s
 
 Source: the controller of the code of Węgrzynowski et al., Learning What Matters (their Fig. 3); its walls are a smooth
-penalty of 200 per metre, ours rows with the same slope.
+penalty of 200 per metre, ours rows with the same slope; its β_kin has 0.15 m in place of l_r.
 """
 
 from collections.abc import Callable
@@ -97,7 +97,7 @@ def walls(x: State, theta: Theta) -> Float[Array, "2"]:
     return jnp.stack([x[1] - left, -x[1] - right]) + theta.margin
 
 
-def at_rest(s: float = 0.0, speed: float = 1.0, friction: float = 0.8) -> State:
+def rolling(s: float = 0.0, speed: float = 1.0, friction: float = 0.8) -> State:
     """On the centreline, driving straight ahead with a speed [m/s]."""
     return jnp.asarray([s, 0.0, 0.0, speed, 0.0, 0.0, friction, speed, 0.0], jnp.result_type(float))
 
