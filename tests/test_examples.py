@@ -49,3 +49,11 @@ def test_a_controller_is_tuned_on_a_plant_with_friction(capsys):
     runpy.run_path(str(ROOT / "examples" / "tune_your_own.py"), run_name="__main__")
     before, after = map(float, re.findall(r"merit (\S+) -> (\S+) in", capsys.readouterr().out)[0])
     assert after < 0.7 * before
+
+
+@pytest.mark.slow
+def test_a_car_laps_a_track_from_a_file_and_what_matters_is_told(capsys):
+    runpy.run_path(str(ROOT / "examples" / "race_your_own.py"), run_name="__main__")
+    told = capsys.readouterr().out
+    assert 5.0 < float(re.findall(r"m: (\S+) s", told)[0]) < 8.0
+    assert all(phase in told for phase in ("straight", "entry", "apex", "exit")) and "v_y [m/s]" in told
