@@ -298,3 +298,14 @@ def test_linear_tyres_and_wheels_that_roll():
 def test_a_delay_longer_than_a_control_step_is_refused():
     with pytest.raises(ValueError, match="delay must lie in"):
         racing.RacingPlant(CAR, TRACK, racing.patches(TRACK, 0.8, 3), delay=0.05)
+
+
+def test_a_car_that_has_stood_for_a_second_is_put_back():
+    plant = racing.RacingPlant(CAR, TRACK, racing.patches(TRACK, 0.8, 3))
+    spun = car.rolling(3.0, 0.0).at[2].set(2.5).at[1].set(0.1)
+    step, state, stood = eqx.filter_jit(plant.step), plant.start(spun), []
+    for _ in range(40):
+        state = step(state, jnp.asarray([0.01, -0.5]))
+        stood.append(float(state.x[2]))
+    assert abs(stood[28] - 2.5) < 0.3 and abs(stood[29]) < 1e-12  # along the track again
+    np.testing.assert_allclose(float(state.x[0]), 3.0, atol=0.3)

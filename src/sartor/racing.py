@@ -7,7 +7,8 @@ more they carry, friction that changes along the track, controls that arrive lat
     grip of an axle = friction(s) (1 - κ (F_z/F_z0 - 1)) (1 - κ (h a_y/(g b))²)                                  (D25)
 
 with the height h of the centre of mass, half the distance b of the wheels of an axle, the load F_z0 at rest, and a_x,
-a_y behind a first-order lag. Of the control, the first `delay` seconds of an interval still have the one before.
+a_y behind a first-order lag. Of the control, the first `delay` seconds of an interval still have the one before. A car
+that has stood for a second is put back on the centreline, at 1 m/s.
 """
 
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from sartor.systems import racing_car
 from sartor.systems.racing_car import DT
 from sartor.track import Track
 
+_STANDS, _MARSHAL = 0.3, 30  # speed [m/s] of a car that stands, control steps until it is put back
 _PIECES = (2, 4)  # RK4 steps with the control before, and with that of now
 _WALL, _DAMPING, _SCRUB = 2500.0, 40.0, 0.4  # spring [1/s²], damper [1/s] and friction of walls
 
@@ -40,6 +42,8 @@ class PlantState(NamedTuple):
     """a_x and a_y that the loads feel [m/s²]."""
     before: Float[Array, "2"]
     """The control before."""
+    standing: Int[Array, ""]
+    """Control steps for which the car has hardly moved."""
 
 
 class RacingPlant(eqx.Module):
@@ -70,17 +74,21 @@ class RacingPlant(eqx.Module):
 
     def start(self, x: Float[Array, "9"]) -> PlantState:
         """Driving with what x says, unaccelerated."""
-        return PlantState(x, jnp.zeros(2, x.dtype), x[7:])
+        return PlantState(x, jnp.zeros(2, x.dtype), x[7:], jnp.asarray(0))
 
     def step(self, state: PlantState, u: Float[Array, "2"]) -> PlantState:
-        """One control step."""
-        x, pull, before = state
+        """One control step. A car that stands for a second, as one that has spun and has no reverse, is put back."""
+        x, pull, before, standing = state
         first, second = _PIECES
         hs = jnp.concatenate([jnp.full(first, self.delay / first), jnp.full(second, (DT - self.delay) / second)])
         controls = jnp.concatenate([jnp.tile(before, (first, 1)), jnp.tile(u, (second, 1))])
         z = jnp.concatenate([x, pull])
         z, _ = jax.lax.scan(lambda z, at: (_small_step(self, z, *at), None), z, (hs.astype(x.dtype), controls))
-        return PlantState(z[:9], z[9:], u)
+        standing = jnp.where(z[3] < _STANDS, standing + 1, 0)
+        away = standing >= _MARSHAL
+        anew = jnp.zeros_like(z).at[jnp.asarray([0, 3, 6, 7])].set(jnp.stack([z[0], 1.0, z[6], 1.0]))
+        z = jnp.where(away, anew, z)
+        return PlantState(z[:9], z[9:], jnp.where(away, z[7:9], u), jnp.where(away, 0, standing))
 
     def measure(self, state: PlantState, key: Array) -> Float[Array, "9"]:
         """x, with noise but on friction."""
