@@ -131,7 +131,7 @@ def test_a_smoke_run_races_with_every_model_and_is_not_done_again(tmp_path):
 
 
 def test_settings_that_cannot_be_are_refused():
-    with pytest.raises(ValueError, match="steps must be more than 40"):
+    with pytest.raises(ValueError, match="steps must be more than 100"):
         f1tenth.Config(preset="quick", steps=30).resolved()
     with pytest.raises(ValueError, match="batch must be at least 1"):
         f1tenth.Config(batch=0)
