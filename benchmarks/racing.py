@@ -1,4 +1,4 @@
-"""The racing car, on one core: real-time steps of three horizons, and the labels of a lap in one batch.
+"""The racing car, on one core: real-time steps of three horizons, and the labels of a lap in one call.
 
     python benchmarks/racing.py --quick
 
@@ -108,7 +108,7 @@ def step_row(vehicle: Any, horizon: int, num_steps: int) -> dict[str, Any]:
 
 
 def label_row(vehicle: Any, horizon: int, config: Config) -> dict[str, Any]:
-    """All labels of a drive in one batch."""
+    """All labels of a drive in one call."""
     import jax
     import numpy as np
 
@@ -155,7 +155,7 @@ def tables(measured: dict[str, list[dict]]) -> list:
     ]  # fmt: skip
     return [
         t.Table("Real-time step in closed loop", STEP_NOTE, step, measured["step"]),
-        t.Table("Labels of a drive in one batch", LABEL_NOTE, labels, measured["labels"]),
+        t.Table("Labels of a drive in one call", LABEL_NOTE, labels, measured["labels"]),
     ]
 
 

@@ -361,7 +361,7 @@ def test_derivatives_that_are_not_finite_are_told():
 
 
 def test_after_refusals_a_step_is_taken_at_random_and_may_be_worse():
-    """With a damping that is far too small nothing better is found; the best θ is kept all the same."""
+    """A random step after every refusal may raise the merit; the best θ is kept all the same."""
     stubborn = GaussNewton(patience=1, kick=0.05)
     found = tuned(stubborn, 24, ridge=1e-2, seed=[0, 1])
     rises = [np.diff(m[t]) for m, t in zip(found.curve.merit, found.curve.taken, strict=True)]

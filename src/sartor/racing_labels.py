@@ -78,7 +78,10 @@ def label_windows(
     solver: AbstractSolver = SOLVER,
     **options: Any,
 ) -> DriveLabels:
-    """The same for pieces of drives as long as the horizon, each labelled at its beginning."""
+    """The same for B pieces of drives as long as the horizon, each labelled at its beginning.
+
+    Fails: `ValueError` without any piece, else as `label_drive`.
+    """
     check_options(problem(horizon), **options)
     if not len(us):
         raise ValueError("there is nothing to label: us holds no piece of a drive.")

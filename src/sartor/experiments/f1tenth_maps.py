@@ -58,9 +58,9 @@ def lap_map(output: Path, config: Config, monitor: Any) -> None:
 def lap_phases(output: Path, config: Config, monitor: Any) -> None:
     """Which state matters in which phase, under a pretrained model on the drives, and under the published tyres."""
     out, p = output.parent, config.rollouts[0]
-    samples, sizes = jobs.tuning_samples(out, config), _sizes(out, config)
+    samples = jobs.tuning_samples(out, config)
     labels, lap = load_arrays(out / "labels" / "0.npz"), load_arrays(out / "maps.npz")
-    rows, means = [], []
+    sizes, rows, means = lap["size"], [], []
     for number in (i for i in range(config.tracks) if np.any(samples.track == i)):
         mine = samples.track == number
         about = {"model": f"pretrained, {config.middle} units", "track": number, "rate": float(labels["rate"])}
