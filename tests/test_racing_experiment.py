@@ -6,7 +6,7 @@ import pytest
 from sartor.experiments import f1tenth, f1tenth_jobs, f1tenth_maps
 from sartor.experiments.f1tenth_config import CHIEF, WEIGHTINGS
 from sartor.experiments.f1tenth_world import track
-from sartor.files import load_arrays, read_json, save_arrays
+from sartor.files import read_json, save_arrays
 from sartor.racing_training import CarSamples
 
 B, P, N = 40, 5, 6
@@ -64,8 +64,9 @@ def test_controls_of_the_labels_are_what_they_say(samples, labels):
 def test_a_car_that_stands_or_has_spun_is_no_drive(tmp_path):
     xs = np.zeros((5, 9))
     xs[:, 3], xs[2, 3], xs[3, 2] = 2.0, 0.5, 2.0
-    f1tenth_jobs._save_drive(tmp_path / "d.npz", xs, np.zeros((4, 2)), np.array([0.0, 0.0, 0.0, 0.01]))
-    assert load_arrays(tmp_path / "d.npz")["clear"].tolist() == [True, True, False, False, False]
+    f1tenth_jobs._save_drive(tmp_path / "d.npz", xs, np.zeros((4, 2)), np.array([0.0, 0.0, 0.0, 0.01]), 3)
+    (drive,) = f1tenth_jobs.drives(tmp_path)
+    assert drive.clear.tolist() == [True, True, False, False, False] and drive.track == 3
 
 
 def test_the_mean_map_of_each_phase_explains_what_depends_on_the_phase_alone():

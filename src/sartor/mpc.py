@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from sartor.problem import Problem, Theta, rollout
 from sartor.solution import RESULTS, Solution, shift
-from sartor.solve import solve
+from sartor.solve import solve, starting_point
 from sartor.solvers.base import AbstractSolver
 from sartor.solvers.sqp import SQP
 
@@ -62,8 +62,9 @@ class MPC(eqx.Module):
     """Parameters of the problem; differentiable."""
     solver: AbstractSolver = SQP()
     """For all solves but the first; `SQP(real_time=True)` for the real-time iteration."""
-    first_solver: AbstractSolver = SQP()
-    """For the first solve."""
+    first_solver: AbstractSolver | None = SQP()
+    """For the first solve. None: there is none before the first control step, which starts at `first_guess` as after a
+    failed solve; one program less to compile."""
     theta_at: Callable | None = eqx.field(static=True, default=None)
     """theta_at(theta, k) -> the parameters of the problem at control step k, such as θ with the part of a
     reference that lies ahead (`window`). None: `theta` at all steps."""
@@ -75,6 +76,9 @@ class MPC(eqx.Module):
         """Memory before control step 0, from a cold start at the measured state x, which must be finite."""
         theta = self.theta_of(0)
         begin = None if self.first_guess is None else self.first_guess(x, theta)
+        if self.first_solver is None:
+            start = starting_point(self.problem, theta, jnp.asarray(x), begin)
+            return Memory(start, start.us, jnp.asarray(0), jnp.asarray(False))
         sol = solve(self.problem, theta, x, solver=self.first_solver, guess=begin, throw=False)
         start = _cold_start(self.problem, theta, x, sol)
         us = jnp.where(sol.successful & _finite(sol), sol.us, start.us)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from sartor.labels import check_options, label
 from sartor.sensitivity import trajectory_error
 from sartor.solution import RESULTS, guess
-from sartor.solvers.base import AbstractSolver, group_size
+from sartor.solvers.base import AbstractSolver
 from sartor.solvers.sqp import SQP
 from sartor.systems.racing_car import Theta, problem
 from sartor.track import Track
@@ -102,8 +102,10 @@ def _labels(theta: Theta, horizon: int, xs: Array, us: Array, solver: AbstractSo
         derror = trajectory_error(found.A, found.du0_de)
         return found.S, found.du0_de, derror, found.Lambda, found.dJ_du0, found.result == RESULTS.successful
 
-    # On a processor in small groups: a batch takes as many steps as its worst piece needs.
-    return jax.lax.map(lambda piece: one(*piece), (xs, us), batch_size=group_size())
+    # On a processor one by one: a group takes as many steps as its worst piece, which on a drive with spins is ten
+    # times as many as the others need.
+    alone = jax.default_backend() == "cpu"
+    return jax.lax.map(lambda piece: one(*piece), (xs, us), batch_size=None if alone else len(us))
 
 
 def phases(track: Track, s: Float[np.ndarray, " T"]) -> np.ndarray:

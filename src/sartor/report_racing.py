@@ -31,8 +31,10 @@ _GLOSSARY = Grid(
         ["ours_trajectory", "the same for errors of the predicted trajectory, as a rollout has them, instead of errors "
          "of the dynamics"],
         ["ours_avg, ours_shuffled", "the mean of these labels over all samples; those of another sample"],
-        ["regret", "Λ^½ du/de, with Λ the Hessian of the MPC's cost in its first control: a matrix weight"],
+        ["regret, regret_avg", "Λ^½ du/de, with Λ the Hessian of the MPC's cost in its first control: a matrix weight; "
+         "the root mean square of its entries over all samples"],
         ["pretrained", "the network before fine-tuning"],
+        ["teacher", "a large network, on the same drives under stand, whose MPC has given the labels"],
         ["linear, kinematic, published", "no network: linear tyres; wheels that do not slip; the published tyres, "
          "which are not those of the plant"],
         ["oracle", "the tyres of the plant, without what else it has: lag of loads, patches of friction, delay"],

@@ -93,7 +93,7 @@ def violations(problem: Problem, theta: Theta, sol: Solution) -> Rows:
 @eqx.filter_jit
 def _solve(problem, theta, x0, guess, solver, derivative, curvature) -> Solution:
     problem = cast(problem, x0.dtype)
-    start = _start(problem, theta, x0, guess)
+    start = starting_point(problem, theta, x0, guess)
     if derivative == "unroll":
         return _iterate(problem, theta, x0, start, solver, unroll=True)
     return _implicit(problem, theta, x0, start, solver=solver, curvature=curvature)
@@ -170,7 +170,7 @@ def _tangent(fn, primals: tuple, tangents: tuple) -> Any:
     return jax.jvp(lambda moving: fn(*eqx.combine(moving, still)), (moving,), (t_moving,))[1]
 
 
-def _start(problem: Problem, theta: Theta, x0: Array, guess: Solution | None) -> Solution:
+def starting_point(problem: Problem, theta: Theta, x0: Array, guess: Solution | None) -> Solution:
     """The guess with zeros for unknown multipliers; or the rollout of the controls nearest to zero."""
     if guess is None:
         us = jnp.clip(jnp.zeros((problem.horizon, problem.nu), x0.dtype), *problem.bounds)

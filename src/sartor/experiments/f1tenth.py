@@ -2,14 +2,16 @@
 
     gather    the plant drives gently around the training tracks, at changing speeds and with noise
     pretrain  a network of each size, on rollouts of those drives with standardised errors
-    drive     the MPC with the pretrained model drives as fast as it can, on the same tracks
-    label     these drives, with the MPC's sensitivities
+    drive     the MPC with pretrained models drives as fast as it can, on the same tracks
+    teach     a large network, on these drives
+    label     these drives, with the sensitivities of the MPC with that network
     map       what the labels see along a lap, and what branching the plant says of them
     tune      fine-tune under a weighting, and race on tracks and friction that no training has seen
 
 Weightings: `ones`, `stand` (1/standard deviation), `norm` (1/range), `ours` (the sensitivities to errors of the
 dynamics), `ours_trajectory` (to errors of the predicted trajectory), `ours_avg` (the mean of `ours` over samples),
-`ours_shuffled` (each sample has the label of another), `regret` (errors that change the first control).
+`ours_shuffled` (each sample has the label of another), `regret` (errors that change the first control, a matrix),
+`regret_avg` (the root mean square of its entries over samples).
 """
 
 from pathlib import Path
@@ -34,11 +36,13 @@ def run(config: Config, out: Path, monitor: Monitor | None = None, command: str 
     baselines = [out / "baselines" / f"{name}.json" for name in _baselines(config)]
     stage = lambda name, job, keys: [Job(out / name / f"{'-'.join(map(str, k))}.npz", job, (*k, config)) for k in keys]
     with opened(out, config, monitor, command) as workers:
-        tracks, tests, seeds = ([(i,) for i in range(n)] for n in (config.tracks, config.tests, config.seeds))
+        tracks, tests = ([(i,) for i in range(n)] for n in (config.tracks, config.tests))
+        drivers = [(size, seed) for size, seed in models if seed < config.drivers]
         workers.run("gather", stage("gather", jobs.gather, tracks))
         workers.run("pretrain", stage("pretrained", jobs.pretrain, models))
-        workers.run("drive", stage("drives", jobs.drive, tracks))
-        workers.run("label", stage("labels", jobs.label, seeds))
+        workers.run("drive", stage("drives", jobs.drive, [(*key, i) for key in drivers for (i,) in tracks]))
+        workers.run("teach", [Job(out / "teacher.npz", jobs.teach, (config,))])
+        workers.run("label", stage("labels", jobs.label, tracks))
         branches = stage("truth", maps.branched, tests)
         workers.run("map", [Job(out / "maps.npz", maps.lap_map, (config,)), *branches])
         workers.run("phases", [Job(out / "phases.json", maps.lap_phases, (config,))])
@@ -64,4 +68,4 @@ def _trials(config: Config) -> list[Trial]:
 
 def _baselines(config: Config) -> list[str]:
     models = [f"pretrained-{size}-{seed}" for seed in range(config.seeds) for size in config.sizes]
-    return ["linear", "kinematic", "published", "oracle", *models]
+    return ["linear", "kinematic", "published", "oracle", "teacher", *models]

@@ -7,26 +7,29 @@ import tyro
 
 from sartor.experiments.presets import check_least, filled
 
-Weighting = Literal["ones", "stand", "norm", "ours", "ours_trajectory", "ours_avg", "ours_shuffled", "regret"]
+Weighting = Literal[
+    "ones", "stand", "norm", "ours", "ours_trajectory", "ours_avg", "ours_shuffled", "regret", "regret_avg"
+]
 WEIGHTINGS: tuple[Weighting, ...] = Weighting.__args__
-CHIEF: tuple[Weighting, ...] = ("stand", "ours", "ours_trajectory", "regret")
+CHIEF: tuple[Weighting, ...] = ("stand", "ours", "ours_avg")
 """Those that are compared at all sizes and lengths of rollouts."""
 BEGIN = 60
 """Control steps that a drive takes to come to speed."""
 _PRESETS: dict[str, dict[str, Any]] = {
     "smoke": dict(
-        tracks=1, tests=1, seeds=1, sizes=(4,), rollouts=(4,), weightings=("stand", "ours"), horizon=20, gather=120,
-        drive=150, steps=90, stride=20, pretrain_epochs=2, epochs=1, map_horizon=20, map_steps=90, truth=2,
+        tracks=1, tests=1, seeds=1, drivers=1, sizes=(4,), teacher=6, rollouts=(4,), weightings=("stand", "ours"),
+        horizon=20, gather=120, drive=150, steps=90, stride=20, pretrain_epochs=2, epochs=1, map_horizon=20,
+        map_steps=90, truth=2,
     ),
     "quick": dict(
-        tracks=4, tests=2, seeds=1, sizes=(8,), rollouts=(20,), weightings=("stand", "ours", "ours_shuffled"),
-        horizon=40, gather=2400, drive=900, steps=450, stride=6, pretrain_epochs=150, epochs=60, map_horizon=80,
-        map_steps=480, truth=20,
+        tracks=4, tests=4, seeds=1, drivers=1, sizes=(8,), teacher=32, rollouts=(20,),
+        weightings=("stand", "ours", "ours_avg", "ours_shuffled"), horizon=40, gather=2400, drive=1200, steps=450,
+        stride=6, pretrain_epochs=100, epochs=60, map_horizon=80, map_steps=480, truth=20,
     ),
     "paper": dict(
-        tracks=4, tests=5, seeds=5, sizes=(4, 8, 16), rollouts=(20, 4, 40), weightings=WEIGHTINGS, horizon=40,
-        gather=2400, drive=1800, steps=500, stride=6, pretrain_epochs=200, epochs=60, map_horizon=80,
-        map_steps=480, truth=30,
+        tracks=4, tests=6, seeds=6, drivers=2, sizes=(4, 8, 16), teacher=64, rollouts=(20, 40),
+        weightings=WEIGHTINGS, horizon=40, gather=2400, drive=1800, steps=750, stride=6, pretrain_epochs=150,
+        epochs=100, map_horizon=80, map_steps=480, truth=30,
     ),
 }  # fmt: skip
 
@@ -45,8 +48,12 @@ class Config:
     """Held-out tracks, each with friction of its own."""
     seeds: int = 0
     """Networks to begin with, and orders of the samples."""
+    drivers: int = 0
+    """Seeds whose pretrained networks drive for the data, those of every size."""
     sizes: tuple[int, ...] = ()
     """Hidden units of the networks."""
+    teacher: int = 0
+    """Hidden units of the network whose MPC is asked for the labels: too large to drive with, but right."""
     rollouts: tuple[int, ...] = ()
     """Lengths p of the rollouts in the loss; sizes but the middle one are compared at the first alone."""
     weightings: tuple[Weighting, ...] = ()
@@ -72,27 +79,29 @@ class Config:
     """Passes over the gentle drives."""
     epochs: int = 0
     """Passes over the others."""
-    learning_rate: float = 2e-3
-    """Of fine-tuning."""
-    batch: int = 64
+    learning_rate: float = 2e-2
+    """Of Adam."""
+    batch: int = 256
     """Samples of a gradient step."""
     workers: int = 2
     """Processes, one for each core; 0: do all in this one."""
 
     def __post_init__(self):
-        names = ("tracks", "tests", "seeds", "sizes", "rollouts", "horizon", "gather", "drive", "steps", "stride",
-                 "workers", "pretrain_epochs", "epochs", "map_horizon", "map_steps", "truth")  # fmt: skip
+        names = ("tracks", "tests", "seeds", "drivers", "sizes", "teacher", "rollouts", "horizon", "gather", "drive",
+                 "steps", "stride", "workers", "pretrain_epochs", "epochs", "map_horizon", "map_steps", "truth")  # fmt: skip
         check_least(self, 0, *names)
         check_least(self, 1, "batch")
 
     @property
     def middle(self) -> int:
-        """The size that drives, and that the lengths of rollouts are compared at."""
+        """The size that lengths of rollouts, and all weightings, are compared at."""
         return self.sizes[len(self.sizes) // 2]
 
     def resolved(self) -> "Config":
         """The same with the numbers of the preset filled in."""
         config = filled(self, _PRESETS[self.preset])
+        if config.drivers > config.seeds:
+            raise ValueError(f"drivers must be at most seeds, {config.seeds}, not {config.drivers}.")
         longest = max(max(config.rollouts), config.horizon)
         for name in ("drive", "steps"):
             if getattr(config, name) <= longest + BEGIN:

@@ -24,12 +24,12 @@ from sartor.models.vehicle import (
     corrected,
     f1tenth,
 )  # fmt: skip
-from sartor.racing_labels import DriveLabels, label_windows
+from sartor.racing_labels import label_windows
 from sartor.racing_training import PREDICTED, CarSamples, Drive, cut, loss_on
 from sartor.solution import RESULTS
 from sartor.systems import racing_car
 from sartor.train import Config as Training
-from sartor.train import optimise
+from sartor.train import Curve, optimise
 from sartor.weights import Weights, constant, from_factors, from_labels, regret_factors
 
 _PRETRAIN_STEPS, _PRETRAIN_STRIDE = 10, 2  # p of the rollouts in pretraining
@@ -42,40 +42,43 @@ QUANTILE = 0.98
 
 def gather(output: Path, number: int, config: Config, monitor: Any) -> None:
     """A gentle drive around a training track."""
-    _save_drive(output, *gentle(number, config.gather, seed=number))
+    xs, us, contact = gentle(number, config.gather, seed=number)
+    _save_drive(output, xs, us, contact, number)
 
 
 def pretrain(output: Path, size: int, seed: int, config: Config, monitor: Any) -> None:
     """A network on the gentle drives."""
-    samples = cut(_drives(output.parents[1] / "gather", config), _PRETRAIN_STEPS, _PRETRAIN_STRIDE)
+    samples = cut(drives(output.parents[1] / "gather"), _PRETRAIN_STEPS, _PRETRAIN_STRIDE)
     weights = _weights("stand", samples, {}, _PRETRAIN_STEPS, 0)
-    training = Training(config.pretrain_epochs, config.batch, learning_rate=5e-3, seed=seed)
     begin = corrected(linear(), size, jax.random.key(seed))
-    model, _ = optimise(_loss(config.tracks), begin, (samples, weights), training, monitor=monitor)
+    model, _ = _fitted(begin, samples, weights, config.pretrain_epochs, seed, config, monitor)
     save_tree(output, model.network)
 
 
-def drive(output: Path, number: int, config: Config, monitor: Any) -> None:
+def drive(output: Path, size: int, seed: int, number: int, config: Config, monitor: Any) -> None:
     """The MPC with a pretrained model, as fast as it can."""
-    model = load(output.parents[1], config.middle, 0)
-    ran = _race(model, number, config, config.drive, _CAREFUL)
-    _save_drive(output, *map(np.asarray, (ran.measured, ran.us, ran.contact)))
+    ran = _race(load(output.parents[1], size, seed), number, config, config.drive, _CAREFUL)
+    _save_drive(output, np.asarray(ran.measured), np.asarray(ran.us), np.asarray(ran.contact), number)
 
 
-def label(output: Path, seed: int, config: Config, monitor: Any) -> None:
-    """Labels of the samples of fine-tuning, under a pretrained model of the middle size; those of other sizes take them
-    too."""
-    model = load(output.parents[1], config.middle, seed)
+def teach(output: Path, config: Config, monitor: Any) -> None:
+    """A large network on the drives of all."""
+    samples = cut(drives(output.parent / "drives"), _PRETRAIN_STEPS, config.stride)
+    weights = _weights("stand", samples, {}, _PRETRAIN_STEPS, 0)
+    begin = corrected(linear(), config.teacher, jax.random.key(0))
+    model, _ = _fitted(begin, samples, weights, config.epochs, 0, config, monitor)
+    save_tree(output, model.network)
+
+
+def label(output: Path, number: int, config: Config, monitor: Any) -> None:
+    """Labels of the samples of fine-tuning on a track, under the teacher: those of its MPC are nearest to the truth,
+    whichever model is tuned."""
     samples = tuning_samples(output.parents[1], config)
-    parts, begun = [], time.perf_counter()
-    for number in range(config.tracks):
-        on = samples.take(samples.track == number)
-        xs = np.concatenate([on.x0[:, None], on.xs], 1)[:, : config.horizon + 1]
-        theta = racing_car.Theta(model, track(number))
-        parts.append(label_windows(theta, config.horizon, xs, on.us[:, : config.horizon], eps=jnp.asarray(EPS)))
-        monitor(number + 1, config.tracks)
-    labels = DriveLabels(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-    rate = samples.size / (time.perf_counter() - begun)
+    on = samples.take(samples.track == number)
+    xs = np.concatenate([on.x0[:, None], on.xs], 1)[:, : config.horizon + 1]
+    theta, begun = racing_car.Theta(teacher(output.parents[1], config), track(number)), time.perf_counter()
+    labels = label_windows(theta, config.horizon, xs, on.us[:, : config.horizon], eps=jnp.asarray(EPS))
+    rate = on.size / (time.perf_counter() - begun)
     large = {name: getattr(labels, name).astype(np.float32) for name in ("S", "du0_de", "du0_derror")}
     small = {name: getattr(labels, name) for name in ("dJ_du0", "Lambda", "ok")}
     save_arrays(output, **large, **small, rate=np.array(rate))
@@ -84,14 +87,12 @@ def label(output: Path, seed: int, config: Config, monitor: Any) -> None:
 def tune(output: Path, trial: Trial, config: Config, monitor: Any) -> None:
     """Fine-tune, and race on the held-out tracks."""
     folder, begun = output.parents[1], time.perf_counter()
-    samples, labels = tuning_samples(folder, config), load_arrays(folder / "labels" / f"{trial.seed}.npz")
+    samples, labels = labelled_samples(folder, config)
     ok = labels["ok"] & (samples.clear >= trial.p)
-    samples, labels = samples.take(ok), {name: value[ok] for name, value in labels.items() if value.ndim}
+    samples, labels = samples.take(ok), {name: value[ok] for name, value in labels.items()}
     weights = _weights(trial.weighting, samples, labels, trial.p, trial.seed)
-    model = load(folder, trial.size, trial.seed)
-    training = Training(config.epochs, config.batch, learning_rate=config.learning_rate, seed=trial.seed)
-    watch = lambda done, total: monitor(done, 2 * total)
-    model, curve = optimise(_loss(config.tracks), model, (samples, weights), training, monitor=watch)
+    begin, watch = load(folder, trial.size, trial.seed), lambda done, total: monitor(done, 2 * total)
+    model, curve = _fitted(begin, samples, weights, config.epochs, trial.seed, config, watch)
     save_tree(output.with_suffix(".npz"), model.network)
     rows = _tested(model, config)
     took = time.perf_counter() - begun
@@ -106,7 +107,11 @@ def baseline(output: Path, name: str, config: Config, monitor: Any) -> None:
     known: dict[str, AbstractVehicle] = {
         "linear": linear(), "kinematic": Kinematic(), "published": f1tenth(), "oracle": plant(0).vehicle,
     }  # fmt: skip
-    model = known.get(kind) or load(output.parents[1], int(size), int(seed))
+    model = known.get(kind)
+    if model is None:
+        model = (
+            teacher(output.parents[1], config) if kind == "teacher" else load(output.parents[1], int(size), int(seed))
+        )
     begun = time.perf_counter()
     rows = _tested(model, config)
     about = {"size": int(size or 0), "p": 0, "weighting": "", "seed": int(seed or 0), "method": kind, "loss": None}
@@ -155,17 +160,24 @@ def _weights(
         return same(1.0 / np.maximum(x.std(0), 1e-9))
     if weighting == "norm":
         return same(1.0 / np.maximum(np.ptp(x, 0), 1e-9))
-    if weighting == "regret":  # of the errors of a rollout, which its loss sees
+    if weighting.startswith("regret"):  # of the errors of a rollout, which its loss sees
         factors = regret_factors(labels["Lambda"], labels["du0_derror"])
-        return from_factors(factors, num_steps, PREDICTED, quantile=QUANTILE)
+        regret = from_factors(factors, num_steps, PREDICTED, quantile=QUANTILE)
+        if weighting == "regret":
+            return regret
+        return _everywhere(np.sqrt(np.mean(np.sum(np.asarray(regret.F) ** 2, 1), 0)), samples.size)
     S = np.asarray(labels["S"], float)
     if weighting == "ours_trajectory":
         S = np.abs(np.einsum("bj,bjkx->bkx", labels["dJ_du0"], labels["du0_derror"]))
-    if weighting == "ours_avg":
-        S = np.broadcast_to(S.mean(0), S.shape)
     elif weighting == "ours_shuffled":
         S = S[np.random.default_rng(seed).permutation(len(S))]
-    return from_labels(S, num_steps, PREDICTED, quantile=QUANTILE)
+    own = from_labels(S, num_steps, PREDICTED, quantile=QUANTILE)
+    return _everywhere(np.asarray(own.W).mean(0), samples.size) if weighting == "ours_avg" else own
+
+
+def _everywhere(W: np.ndarray, size: int) -> Weights:
+    """The same weights (p, 9) for all samples."""
+    return from_labels(np.broadcast_to(W, (size, *W.shape)), len(W), PREDICTED, quantile=1.0)
 
 
 def linear() -> SingleTrack:
@@ -173,33 +185,58 @@ def linear() -> SingleTrack:
     return SingleTrack(front=LinearTyre(), rear=LinearTyre())
 
 
+def _fitted(
+    begin: Corrected, samples: CarSamples, weights: Weights, epochs: int, seed: int, config: Config, monitor: Any
+) -> tuple[Corrected, Curve]:
+    """Trained in single precision, which is half the time, to drive in double."""
+    training = Training(epochs, config.batch, learning_rate=config.learning_rate, seed=seed)
+    small = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if eqx.is_array(leaf) else leaf, begin)
+    model, curve = optimise(_loss(config.tracks), small, (samples, weights), training, monitor=monitor)
+    return jax.tree.map(lambda leaf: leaf.astype(float) if eqx.is_array(leaf) else leaf, model), curve
+
+
 @cache
 def _loss(tracks: int) -> Any:
     return loss_on([track(i) for i in range(tracks)])
 
 
-def model_file(out: Path, size: int, seed: int) -> Path:
-    """Of a pretrained network."""
-    return out / "pretrained" / f"{size}-{seed}.npz"
-
-
 def load(out: Path, size: int, seed: int) -> Corrected:
     """A pretrained model of the run."""
+    return _loaded(out / "pretrained" / f"{size}-{seed}.npz", size)
+
+
+def teacher(out: Path, config: Config) -> Corrected:
+    """The large model of the run."""
+    return _loaded(out / "teacher.npz", config.teacher)
+
+
+def _loaded(path: Path, size: int) -> Corrected:
     like = corrected(linear(), size, jax.random.key(0))
-    return eqx.tree_at(lambda model: model.network, like, load_tree(model_file(out, size, seed), like.network))
+    return eqx.tree_at(lambda model: model.network, like, load_tree(path, like.network))
 
 
-def _save_drive(path: Path, xs: np.ndarray, us: np.ndarray, contact: np.ndarray) -> None:
+def _save_drive(path: Path, xs: np.ndarray, us: np.ndarray, contact: np.ndarray, number: int) -> None:
     """What no model is meant for is left out of training as contact is: a car that hardly rolls, or has spun."""
     driving = (xs[:, 3] > SLOWEST) & (np.abs(xs[:, 2]) < 0.5 * np.pi)
-    save_arrays(path, xs=xs, us=us, clear=driving & np.concatenate([[True], contact <= 0.0]))
+    save_arrays(path, xs=xs, us=us, clear=driving & np.concatenate([[True], contact <= 0.0]), track=np.array(number))
 
 
-def _drives(folder: Path, config: Config) -> list[Drive]:
-    return [Drive(**load_arrays(folder / f"{i}.npz"), track=i) for i in range(config.tracks)]  # pyright: ignore
+def drives(folder: Path) -> list[Drive]:
+    """All of a folder."""
+    found = [load_arrays(path) for path in sorted(folder.glob("*.npz"))]
+    return [Drive(f["xs"], f["us"], f["clear"], int(f["track"])) for f in found]
 
 
 def tuning_samples(out: Path, config: Config) -> CarSamples:
     """Those of fine-tuning: long enough for a label and for the longest rollout, clear of walls for the shortest."""
     longest = max(config.horizon, *config.rollouts)
-    return cut(_drives(out / "drives", config), longest, config.stride, clear=min(config.rollouts))
+    return cut(drives(out / "drives"), longest, config.stride, clear=min(config.rollouts))
+
+
+def labelled_samples(out: Path, config: Config) -> tuple[CarSamples, dict[str, np.ndarray]]:
+    """The same with their labels, track by track."""
+    samples = tuning_samples(out, config)
+    order = np.argsort(samples.track, kind="stable")
+    parts = [load_arrays(out / "labels" / f"{number}.npz") for number in np.unique(samples.track)]
+    names = [name for name in parts[0] if name != "rate"]
+    return samples.take(order), {name: np.concatenate([part[name] for part in parts]) for name in names}

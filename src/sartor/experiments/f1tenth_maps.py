@@ -56,14 +56,14 @@ def lap_map(output: Path, config: Config, monitor: Any) -> None:
 
 
 def lap_phases(output: Path, config: Config, monitor: Any) -> None:
-    """Which state matters in which phase, under a pretrained model on the drives, and under the published tyres."""
+    """Which state matters in which phase, under the teacher on the drives, and under the published tyres."""
     out, p = output.parent, config.rollouts[0]
-    samples = jobs.tuning_samples(out, config)
-    labels, lap = load_arrays(out / "labels" / "0.npz"), load_arrays(out / "maps.npz")
+    (samples, labels), lap = jobs.labelled_samples(out, config), load_arrays(out / "maps.npz")
+    rates = {i: float(load_arrays(out / "labels" / f"{i}.npz")["rate"]) for i in range(config.tracks)}
     sizes, rows, means = lap["size"], [], []
     for number in (i for i in range(config.tracks) if np.any(samples.track == i)):
         mine = samples.track == number
-        about = {"model": f"pretrained, {config.middle} units", "track": number, "rate": float(labels["rate"])}
+        about = {"model": f"teacher, {config.teacher} units", "track": number, "rate": rates[number]}
         phase = phases(track(number), samples.x0[mine, 0])
         S, du0_de, ok = (labels[name][mine] for name in ("S", "du0_de", "ok"))
         _tell(about, S, du0_de, ok, phase, sizes, p, rows, means)

@@ -12,7 +12,7 @@ from sartor.evaluate import Interval
 from sartor.figures.style import INK, MUSTARD, line, order
 from sartor.pairing import Arm
 
-ALONE = ("linear", "kinematic", "published", "oracle")
+ALONE = ("linear", "kinematic", "published", "oracle", "teacher")
 """Models without a network."""
 _SWEPT = {
     "pretrained": "o",

@@ -148,5 +148,6 @@ def first_guess(horizon: int, speed: float = 2.0) -> Callable:
 
 
 def controller(theta: Theta, horizon: int) -> MPC:
-    """An MPC that begins with such a drive, and then does one iteration in every control step."""
-    return MPC(problem(horizon), theta, solver=SQP(real_time=True), first_guess=first_guess(horizon))
+    """An MPC that does one iteration in every control step, the first from such a drive."""
+    real_time = SQP(real_time=True)
+    return MPC(problem(horizon), theta, solver=real_time, first_solver=None, first_guess=first_guess(horizon))
