@@ -172,5 +172,14 @@ def test_a_plan_that_was_lost_begins_anew_from_the_first_guess(controller, start
     assert np.abs(plan(memory) - anew()).max() > 1e-2
 
 
+def test_without_a_first_solve_the_first_control_step_starts_at_the_first_guess(starts):
+    quick, x = sartor.SQP(real_time=True), starts[1]
+    alone = MPC(problem(horizon=20), default_theta(), solver=quick, first_solver=None, first_guess=_at_rest)
+    u, memory, info = eqx.filter_jit(lambda x: alone(x, 0, alone.init(x)))(x)
+    anew = eqx.filter_jit(lambda: sartor.solve(alone.problem, alone.theta, x, solver=quick, guess=_at_rest(x, None)).us)
+    np.testing.assert_allclose(u, anew()[0], atol=1e-9)
+    assert info.num_steps == 1 and memory.num_steps == 0
+
+
 def _at_rest(x, theta):
     return sartor.guess(jnp.tile(x, (21, 1)), jnp.zeros((20, 1)))

@@ -102,6 +102,19 @@ def test_track_coordinates_agree_with_the_plane():
     np.testing.assert_allclose(x[3:6], end[3:6], atol=1e-3)
 
 
+def test_a_car_has_limits_and_a_control_step_of_its_own():
+    slow = THETA._replace(limits=car.Limits((0.5, -0.3), (2.0, 0.3)), dt=0.02)
+    low, high = car.controller(slow, HORIZON).problem.bounds
+    assert low.tolist() == [[0.5, -0.3]] * HORIZON and high.tolist() == [[2.0, 0.3]] * HORIZON
+    assert car.follow(CORNERING, slow, 5.0)[0] == 2.0
+    u, step = jnp.asarray([3.4, 0.15]), jax.jit(lambda x, dt: car.step(x, u, 0, slow._replace(dt=dt)))
+    np.testing.assert_allclose(step(CORNERING, 0.02), step(step(CORNERING, 0.01), 0.01), atol=1e-3)
+    plant = _plain_plant(dt=0.02)
+    np.testing.assert_allclose(_run(plant, CORNERING, u, 1), step(CORNERING, 0.02), atol=1e-3)
+    with pytest.raises(ValueError, match="delay"):
+        _plain_plant(dt=0.02, delay=0.025)
+
+
 def _with_defects(horizon):
     """The MPC whose prediction is off by e (N, 9): parameters are (Theta, e)."""
     p = car.problem(horizon)
@@ -220,7 +233,7 @@ class Moved(eqx.Module):
     def __call__(self, x, k, memory):
         u, memory, info = self.own(x, k, memory)
         return (
-            jnp.clip(u + jnp.where(k == self.at, 1.0, 0.0) * self.by, *map(jnp.asarray, (car.U_MIN, car.U_MAX))),
+            jnp.clip(u + jnp.where(k == self.at, 1.0, 0.0) * self.by, *map(jnp.asarray, car.LIMITS)),
             memory,
             info,
         )

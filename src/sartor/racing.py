@@ -67,10 +67,13 @@ class RacingPlant(eqx.Module):
     """Of the controls [s], less than a control step."""
     noise: Any = 0.0
     """Standard deviation of what is measured, a number or (9,)."""
+    dt: Any = DT
+    """Of a control step [s], that of the controller."""
 
     def __check_init__(self):
-        if isinstance(self.delay, float | int) and not 0.0 <= self.delay < DT:
-            raise ValueError(f"delay must lie in [0, {DT}) s, not {self.delay}.")
+        known = isinstance(self.delay, float | int) and isinstance(self.dt, float | int)
+        if known and not 0.0 <= self.delay < self.dt:
+            raise ValueError(f"delay must lie in [0, {self.dt}) s, not {self.delay}.")
 
     def start(self, x: Float[Array, "9"]) -> PlantState:
         """Driving with what x says, unaccelerated."""
@@ -80,7 +83,7 @@ class RacingPlant(eqx.Module):
         """One control step. A car that stands for a second, as one that has spun and has no reverse, is put back."""
         x, pull, before, standing = state
         first, second = _PIECES
-        hs = jnp.concatenate([jnp.full(first, self.delay / first), jnp.full(second, (DT - self.delay) / second)])
+        hs = jnp.concatenate([jnp.full(first, self.delay / first), jnp.full(second, (self.dt - self.delay) / second)])
         controls = jnp.concatenate([jnp.tile(before, (first, 1)), jnp.tile(u, (second, 1))])
         z = jnp.concatenate([x, pull])
         z, _ = jax.lax.scan(lambda z, at: (_small_step(self, z, *at), None), z, (hs.astype(x.dtype), controls))
@@ -188,10 +191,12 @@ def contact(track: Track, x: Float[Array, "9"]) -> Float[Array, ""]:
     return jnp.maximum(jnp.maximum(x[1] - left, -x[1] - right), 0.0)
 
 
-def crossings(s: Float[np.ndarray, " T_plus_1"], distances: Float[np.ndarray, " m"]) -> Float[np.ndarray, " m"]:
+def crossings(
+    s: Float[np.ndarray, " T_plus_1"], distances: Float[np.ndarray, " m"], dt: float = DT
+) -> Float[np.ndarray, " m"]:
     """When the car has come so far [s], between two samples along a straight line; inf where it never does."""
     ahead = np.maximum.accumulate(np.asarray(s, float))
-    times = DT * np.interp(distances, ahead, np.arange(len(ahead)))
+    times = dt * np.interp(distances, ahead, np.arange(len(ahead)))
     return np.where(np.asarray(distances) <= ahead[-1], times, np.inf)
 
 
@@ -218,8 +223,8 @@ def _advance(
     state, memory = carry
     x = plant.measure(state, jax.random.fold_in(key, k))
     u, memory, info = controller(x, k, memory)
-    low, high = jnp.asarray(racing_car.U_MIN, u.dtype), jnp.asarray(racing_car.U_MAX, u.dtype)
-    u = jnp.clip(u + moved, low, high)
+    low, high = controller.problem.bounds
+    u = jnp.clip(u + moved, low[0], high[0])
     state = plant.step(state, u)
     return (state, memory), (state.x, x, u, info.result, contact(plant.track, state.x))
 

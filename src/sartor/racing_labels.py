@@ -82,7 +82,7 @@ def label_windows(
 
     Fails: `ValueError` without any piece, else as `label_drive`.
     """
-    check_options(problem(horizon), **options)
+    check_options(problem(horizon, theta.limits), **options)
     if not len(us):
         raise ValueError("there is nothing to label: us holds no piece of a drive.")
     dtype, found = jnp.result_type(float), []
@@ -98,7 +98,7 @@ def label_windows(
 @eqx.filter_jit
 def _labels(theta: Theta, horizon: int, xs: Array, us: Array, solver: AbstractSolver, options: dict) -> tuple:
     def one(xs, us):
-        found = label(problem(horizon), theta, xs[0], solver=solver, guess=guess(xs, us), **options)
+        found = label(problem(horizon, theta.limits), theta, xs[0], solver=solver, guess=guess(xs, us), **options)
         derror = trajectory_error(found.A, found.du0_de)
         return found.S, found.du0_de, derror, found.Lambda, found.dJ_du0, found.result == RESULTS.successful
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sartor.models.vehicle import AbstractVehicle
-from sartor.systems.racing_car import Theta, step
+from sartor.systems.racing_car import DT, Theta, step
 from sartor.track import Track
 from sartor.weights import Weights
 
@@ -91,9 +91,11 @@ def stacked(tracks: Sequence[Track]) -> Track:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *tracks)
 
 
-def rollout_errors(vehicle: AbstractVehicle, track: Track, x0: Array, us: Array, xs: Array) -> Float[Array, "p 9"]:
+def rollout_errors(
+    vehicle: AbstractVehicle, track: Track, x0: Array, us: Array, xs: Array, dt: Any = DT
+) -> Float[Array, "p 9"]:
     """x̂ - x of one sample along its p controls."""
-    theta = Theta(vehicle, track)
+    theta = Theta(vehicle, track, dt=dt)
 
     def advance(x, u):
         x = step(x, u, 0, theta)
@@ -102,19 +104,21 @@ def rollout_errors(vehicle: AbstractVehicle, track: Track, x0: Array, us: Array,
     return jax.lax.scan(advance, x0, us)[1] - xs
 
 
-def rollout_loss(tracks: Track, vehicle: AbstractVehicle, batch: tuple[CarSamples, Weights]) -> Float[Array, " B"]:
+def rollout_loss(
+    tracks: Track, dt: Any, vehicle: AbstractVehicle, batch: tuple[CarSamples, Weights]
+) -> Float[Array, " B"]:
     """Weighted loss (D15) of each sample of a batch, as `sartor.train.optimise` wants it; p is that of the weights."""
     sample, weights = batch
     num_steps = jax.tree.leaves(weights)[0].shape[-2]
 
     def errors(x0, us, xs, track):
         here = jax.tree.map(lambda leaf: leaf[track].astype(x0.dtype), tracks)
-        return rollout_errors(vehicle, here, x0, us, xs)
+        return rollout_errors(vehicle, here, x0, us, xs, dt)
 
     ahead: Any = (sample.x0, sample.us[:, :num_steps], sample.xs[:, :num_steps], sample.track)
     return weights.loss(jax.vmap(errors)(*ahead))
 
 
-def loss_on(tracks: Sequence[Track]) -> Any:
-    """`rollout_loss` on these tracks."""
-    return eqx.Partial(rollout_loss, stacked(tracks))
+def loss_on(tracks: Sequence[Track], dt: float = DT) -> Any:
+    """`rollout_loss` on these tracks, for drives with so long control steps [s]."""
+    return eqx.Partial(rollout_loss, stacked(tracks), dt)

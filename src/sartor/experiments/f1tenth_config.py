@@ -88,7 +88,8 @@ class Config:
 
     def __post_init__(self):
         names = ("tracks", "tests", "seeds", "drivers", "sizes", "teacher", "rollouts", "horizon", "gather", "drive",
-                 "steps", "stride", "workers", "pretrain_epochs", "epochs", "map_horizon", "map_steps", "truth")  # fmt: skip
+                 "steps", "stride", "workers", "pretrain_epochs", "epochs", "map_horizon", "map_steps",
+                 "truth")  # fmt: skip
         check_least(self, 0, *names)
         check_least(self, 1, "batch")
 

@@ -146,7 +146,9 @@ def truth(output: Path, files: list[Path], config: Config, monitor: Any) -> None
 def _plans(theta: Theta, horizon: int, xs: Array, us: Array) -> Array:
     """States of the MPC's plans (B, N+1, 9), sought near executed trajectories."""
     plan = lambda xs, us: (
-        solve(racing_car.problem(horizon), theta, xs[0], solver=SOLVER, guess=guess(xs, us), throw=False).xs
+        solve(
+            racing_car.problem(horizon, theta.limits), theta, xs[0], solver=SOLVER, guess=guess(xs, us), throw=False
+        ).xs
     )
     return jax.vmap(plan)(xs, us)
 

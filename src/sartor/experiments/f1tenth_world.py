@@ -59,7 +59,7 @@ def gentle(number: int, num_steps: int, seed: int) -> tuple[np.ndarray, np.ndarr
 
 @eqx.filter_jit
 def _gentle(plant: RacingPlant, theta: Theta, speeds: Float[Array, " T"], key: Array) -> tuple[Array, Array, Array]:
-    low, high = jnp.asarray(racing_car.U_MIN), jnp.asarray(racing_car.U_MAX)
+    low, high = (jnp.asarray(limit) for limit in theta.limits)
 
     def advance(carry, at):
         state, noise = carry

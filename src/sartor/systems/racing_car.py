@@ -6,6 +6,7 @@
     ℓ   = q_n n² + q_μ μ² + q_β (β - β_kin)² + q_σ (w - v_x)² + q_w (w_ref - w)² + q_δ (δ_ref - δ)² - q_s s
     ℓ_N = the same without controls, and q_N μ²,   β = atan(v_y/v_x),   β_kin = atan(l_r δ/(l_f + l_r))
     n within the walls less a margin, soft;   0.01 ≤ w_ref ≤ 7 m/s,   |δ_ref| ≤ 0.5 rad;   RK4 steps of 0.033 s
+    (all of these are fields of `Theta`)
 
 Source: the controller of the code of Węgrzynowski et al., Learning What Matters (their Fig. 3); its walls are a smooth
 penalty of 200 per metre, ours rows with the same slope; its β_kin has 0.15 m in place of l_r.
@@ -31,10 +32,9 @@ State = Float[Array, "9"]
 Control = Float[Array, "2"]
 Scalar = Float[Array, ""]
 
-DT = 0.033  # [s]
+DT = 0.033  # of the published controller [s]
 STATES = ("s [m]", "n [m]", "μ [rad]", "v_x [m/s]", "v_y [m/s]", "r [rad/s]", "friction", "w [m/s]", "δ [rad]")
 CONTROLS = ("w_ref [m/s]", "δ_ref [rad]")
-U_MIN, U_MAX = (0.01, -0.5), (7.0, 0.5)
 SOFT = Softening(200.0, 2000.0)
 """Of the walls [per m, per m²]."""
 MARGIN = 0.03  # [m]
@@ -53,6 +53,17 @@ class Weights(NamedTuple):
     final_heading: Any = 5.0  # q_N
 
 
+class Limits(NamedTuple):
+    """Of the controls."""
+
+    low: Any = (0.01, -0.5)  # [m/s, rad]
+    high: Any = (7.0, 0.5)
+
+
+LIMITS = Limits()
+"""Those of the published controller."""
+
+
 class Theta(NamedTuple):
     """Parameters of the MPC."""
 
@@ -60,6 +71,8 @@ class Theta(NamedTuple):
     track: Track
     weights: Weights = Weights()
     margin: Any = MARGIN  # that the centre of the car keeps from the walls [m]
+    limits: Limits = LIMITS
+    dt: Any = DT  # of a control step [s]
 
 
 def ode(x: State, u: Control, theta: Theta) -> State:
@@ -73,15 +86,16 @@ def ode(x: State, u: Control, theta: Theta) -> State:
     return jnp.concatenate([pose, rates, jnp.zeros_like(x[:1]), actuators])
 
 
-step = rk4(ode, DT)
-"""The next state: step(x, u, k, theta)."""
+def step(x: State, u: Control, k: Any, theta: Theta) -> State:
+    """The next state."""
+    return rk4(ode, theta.dt)(x, u, k, theta)
 
 
-def problem(horizon: int) -> Problem:
-    """The MPC over so many steps; its parameters are a `Theta`."""
+def problem(horizon: int, limits: Limits = LIMITS) -> Problem:
+    """The MPC over so many steps; its parameters are a `Theta`, whose limits belong here too."""
     return Problem(
-        dynamics=step, stage_cost=stage_cost, terminal_cost=_terminal_cost, horizon=horizon, u_min=U_MIN, u_max=U_MAX,
-        constraints=_path_rows, terminal_constraints=walls, softening=SOFT,
+        dynamics=step, stage_cost=stage_cost, terminal_cost=_terminal_cost, horizon=horizon, u_min=limits.low,
+        u_max=limits.high, constraints=_path_rows, terminal_constraints=walls, softening=SOFT,
     )  # fmt: skip
 
 
@@ -126,9 +140,8 @@ def follow(x: State, theta: Theta, speed: Any) -> Control:
     """
     body, ahead = theta.vehicle.body, 0.1 * speed
     steer = (body.lf + body.lr) * theta.track.curvature_at(x[0] + ahead) - 2.0 * x[1] - 1.5 * x[2]
-    return jnp.clip(
-        jnp.stack([jnp.asarray(speed, x.dtype), steer]), jnp.asarray(U_MIN, x.dtype), jnp.asarray(U_MAX, x.dtype)
-    )
+    low, high = (jnp.asarray(limit, x.dtype) for limit in theta.limits)
+    return jnp.clip(jnp.stack([jnp.asarray(speed, x.dtype), steer]), low, high)
 
 
 @cache  # the same function for the same numbers: nothing compiles twice
@@ -150,4 +163,6 @@ def first_guess(horizon: int, speed: float = 2.0) -> Callable:
 def controller(theta: Theta, horizon: int) -> MPC:
     """An MPC that does one iteration in every control step, the first from such a drive."""
     real_time = SQP(real_time=True)
-    return MPC(problem(horizon), theta, solver=real_time, first_solver=None, first_guess=first_guess(horizon))
+    return MPC(
+        problem(horizon, theta.limits), theta, solver=real_time, first_solver=None, first_guess=first_guess(horizon)
+    )
