@@ -161,9 +161,12 @@ def tables(measured: dict[str, list[dict]]) -> list:
 
 STEP_NOTE = (
     "One real-time iteration from the shifted plan, exact curvature, soft walls; a plant with load transfer, patches of"
-    " friction and delay on track `fin`. First call: tracing and compiling of the cold solve and of the step, and both."
+    " friction and delay on track `fin`. First call: tracing and compiling of guess and step, and both."
 )
-LABEL_NOTE = "`label_drive`: converged solves from the executed trajectory, and the labels. First call: with compiling."
+LABEL_NOTE = (
+    "`label_drive`: converged solves from the executed trajectory, and the labels, one by one. First call: with"
+    " compiling."
+)
 
 
 def preamble(config: Config, description: dict) -> str:

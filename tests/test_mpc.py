@@ -181,5 +181,13 @@ def test_without_a_first_solve_the_first_control_step_starts_at_the_first_guess(
     assert info.num_steps == 1 and memory.num_steps == 0
 
 
+def test_without_a_first_solve_a_guess_that_is_no_number_is_not_used(starts):
+    lost = lambda x, theta: sartor.guess(jnp.nan * jnp.tile(x, (21, 1)), jnp.zeros((20, 1)))
+    for first in (lost, None):
+        loop = MPC(problem(horizon=20), default_theta(), first_solver=None, first_guess=first)
+        memory = eqx.filter_jit(loop.init)(starts[1])
+        assert np.isfinite(memory.guess.xs).all() and not memory.us.any() and not memory.lost
+
+
 def _at_rest(x, theta):
     return sartor.guess(jnp.tile(x, (21, 1)), jnp.zeros((20, 1)))

@@ -111,13 +111,17 @@ def test_a_car_has_limits_and_a_control_step_of_its_own():
     np.testing.assert_allclose(step(CORNERING, 0.02), step(step(CORNERING, 0.01), 0.01), atol=1e-3)
     plant = _plain_plant(dt=0.02)
     np.testing.assert_allclose(_run(plant, CORNERING, u, 1), step(CORNERING, 0.02), atol=1e-3)
-    with pytest.raises(ValueError, match="delay"):
+    with pytest.raises(ValueError, match="less than a control step"):
         _plain_plant(dt=0.02, delay=0.025)
+    with pytest.raises(ValueError, match="dt must be positive"):
+        _plain_plant(dt=0.0)
+    with pytest.raises(ValueError, match=r"plant.dt is 0.02 s, and that of the controller's theta 0.033 s"):
+        racing.race(plant, car.controller(THETA, HORIZON), CORNERING, 2, jax.random.key(0))
 
 
 def _with_defects(horizon):
     """The MPC whose prediction is off by e (N, 9): parameters are (Theta, e)."""
-    p = car.problem(horizon)
+    p = car.problem(horizon, car.LIMITS)
     return Problem(
         dynamics=lambda x, u, k, theta: p.dynamics(x, u, k, theta[0]) + theta[1][k],
         stage_cost=lambda x, u, k, theta: p.stage_cost(x, u, k, theta[0]),
@@ -205,6 +209,7 @@ def test_crossings_are_between_samples():
     s = np.array([0.0, 1.0, 3.0, 2.9, 4.0])
     np.testing.assert_allclose(racing.crossings(s, np.array([0.5, 2.0, 4.0])), car.DT * np.array([0.5, 1.5, 4.0]))
     assert racing.crossings(s, np.array([4.1]))[0] == np.inf
+    np.testing.assert_allclose(racing.crossings(s, np.array([2.0]), dt=0.1), 0.15)
 
 
 def test_patches_are_those_of_their_seed():

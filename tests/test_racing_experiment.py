@@ -61,6 +61,33 @@ def test_controls_of_the_labels_are_what_they_say(samples, labels):
     assert np.corrcoef(rollout.ravel(), true.ravel())[0, 1] > 0.98
 
 
+def test_the_mean_regret_is_the_diagonal_of_the_mean_matrix(samples, labels):
+    F = np.asarray(weights("regret", samples, labels).F)
+    diagonal = np.mean(np.sum(F**2, 1), 0)
+    W = np.asarray(weights("regret_avg", samples, labels).W)
+    assert np.ptp(W, 0).max() == 0.0
+    np.testing.assert_allclose(W[0, :, :6] ** 2 / W[0, 0, 0] ** 2, diagonal[:, :6] / diagonal[0, 0], rtol=1e-6)
+
+
+def test_labels_belong_to_their_samples(tmp_path):
+    """Two networks on two tracks; each label holds the speed of its sample."""
+    config = f1tenth.Config(preset="smoke", tracks=2, horizon=5, rollouts=(4,), stride=3).resolved()
+    for name in ("drives", "labels"):
+        (tmp_path / name).mkdir()
+    for size, number in ((4, 0), (4, 1), (8, 0), (8, 1)):
+        xs = RNG.uniform(1.0, 2.0, (30, 9))
+        xs[:, 2] = 0.0
+        path = tmp_path / "drives" / f"{size}-0-{number}.npz"
+        f1tenth_jobs._save_drive(path, xs, np.zeros((29, 2)), np.zeros(29), number)
+    samples = f1tenth_jobs.tuning_samples(tmp_path, config)
+    for number in range(2):
+        speed = samples.x0[samples.track == number, 3]
+        save_arrays(tmp_path / "labels" / f"{number}.npz", S=speed, rate=np.array(1.0))
+    found, labels = f1tenth_jobs.labelled_samples(tmp_path, config)
+    np.testing.assert_array_equal(labels["S"], found.x0[:, 3])
+    assert set(labels) == {"S"} and found.size == samples.size == 4 * 9 and found.track.tolist() == [0] * 18 + [1] * 18
+
+
 def test_a_car_that_stands_or_has_spun_is_no_drive(tmp_path):
     xs = np.zeros((5, 9))
     xs[:, 3], xs[2, 3], xs[3, 2] = 2.0, 0.5, 2.0
@@ -98,5 +125,5 @@ def test_trials_are_all_weightings_in_the_middle_and_the_chief_ones_elsewhere():
 
 
 def test_no_track_of_the_tests_is_one_of_the_data():
-    lines = [np.asarray(track(i).curvature) for i in (*range(4), -1, -2, -3, -4, -5)]
+    lines = [np.asarray(track(i).curvature) for i in (*range(4), *range(-6, 0))]
     assert all(not np.allclose(a, b) for i, a in enumerate(lines) for b in lines[:i])

@@ -120,6 +120,7 @@ def test_a_smoke_run_races_with_every_model_and_is_not_done_again(tmp_path):
         "kinematic",
         "published",
         "oracle",
+        "teacher",
         "pretrained",
         "stand",
         "ours",
@@ -133,5 +134,14 @@ def test_a_smoke_run_races_with_every_model_and_is_not_done_again(tmp_path):
 def test_settings_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="steps must be more than 100"):
         f1tenth.Config(preset="quick", steps=30).resolved()
+    with pytest.raises(ValueError, match="drivers must be at most seeds, 1, not 2"):
+        f1tenth.Config(preset="quick", drivers=2).resolved()
+    with pytest.raises(ValueError, match="rollouts must be at most horizon, 40, which labels have, not 60"):
+        f1tenth.Config(preset="quick", rollouts=(20, 60)).resolved()
+    with pytest.raises(ValueError, match="sizes must be at least 1, not 0"):
+        f1tenth.Config(sizes=(8, 0))
+    with pytest.raises(ValueError, match="learning_rate must be positive"):
+        f1tenth.Config(learning_rate=-1.0)
+    assert f1tenth.Config(preset="paper", seeds=1).resolved().drivers == 1
     with pytest.raises(ValueError, match="batch must be at least 1"):
         f1tenth.Config(batch=0)

@@ -75,6 +75,7 @@ def documents():
             "failed": t,
             "mean": 0.2 + 0.1 * t,
             "phase": 0.5,
+            "effective": 0.06,
             "rate": 90.4,
             "fixed": [0.1, 0.55],
         }
@@ -181,7 +182,7 @@ def test_shares_are_means_over_tracks_in_the_order_of_a_lap_without_what_is_smal
     assert list(rows) == [("m", "straight"), ("m", "apex")]
     assert rows["m", "apex"] == {"model": "m", "phase": "apex", "samples": "21", "v_x [%]": "69.5", "r [%]": "30.0"}
     explained = grid("explained", documents()["phases.json"])["m", "2"]
-    assert list(explained.values()) == ["m", "2", "200", "1", "25.0", "50.0", "10", "55", "90"]
+    assert list(explained.values()) == ["m", "2", "200", "1", "25.0", "50.0", "6.0", "10", "55", "90"]
 
 
 def test_the_usual_moment_has_the_median_energy_of_its_phase():

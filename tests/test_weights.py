@@ -11,6 +11,7 @@ from sartor.weights import (
     Elementwise,
     Factor,
     constant,
+    effective,
     explained,
     from_factors,
     from_labels,
@@ -178,6 +179,14 @@ def test_the_mean_map_explains_constant_labels():
     S = labels()
     by_hand = np.sum(S.mean(0) ** 2) * B / np.sum(S**2)  # the energy of the mean over all of it
     assert explained(S) == pytest.approx(by_hand) and 0 < by_hand < 1
+
+
+def test_effective_samples_are_those_that_make_the_loss():
+    S = np.zeros((10, 2, 3))
+    S[:4] = 1.0  # four that count alike, six that do not count
+    assert effective(S) == pytest.approx(0.4) and effective(np.ones((7, 1, 1))) == pytest.approx(1.0)
+    S[0] *= 100.0
+    assert effective(S) == pytest.approx(0.1, rel=1e-3)
 
 
 # --- Errors ----------------------------------------------------------------------------------------------------------

@@ -47,8 +47,8 @@ class Info(eqx.Module):
 class MPC(eqx.Module):
     """A model predictive controller: at every control step it solves its problem from the measured state.
 
-    The first solve starts cold and runs until it has converged; each later one starts from the solution
-    before, shifted. If a solve fails, its control is not used: the controller applies what the last
+    The first solve starts cold and runs until it has converged, if there is a `first_solver`; each later one starts
+    from the solution before, shifted. If a solve fails, its control is not used: the controller applies what the last
     successful plan holds for now (beyond the end of that plan: its last control), and records the status.
     The next solve starts from `first_guess` if there is one; else where the failed one ended, or from the
     older guess if that is not finite. Before any success the plan holds the controls nearest to zero. So a
@@ -63,8 +63,8 @@ class MPC(eqx.Module):
     solver: AbstractSolver = SQP()
     """For all solves but the first; `SQP(real_time=True)` for the real-time iteration."""
     first_solver: AbstractSolver | None = SQP()
-    """For the first solve. None: there is none before the first control step, which starts at `first_guess` as after a
-    failed solve; one program less to compile."""
+    """For the first solve. None: the first control step starts at `first_guess`, or else at the controls nearest to
+    zero, with `solver` as all others: one program less to compile."""
     theta_at: Callable | None = eqx.field(static=True, default=None)
     """theta_at(theta, k) -> the parameters of the problem at control step k, such as θ with the part of a
     reference that lies ahead (`window`). None: `theta` at all steps."""
@@ -77,9 +77,9 @@ class MPC(eqx.Module):
         theta = self.theta_of(0)
         begin = None if self.first_guess is None else self.first_guess(x, theta)
         if self.first_solver is None:
-            start = starting_point(self.problem, theta, jnp.asarray(x), begin)
-            return Memory(start, start.us, jnp.asarray(0), jnp.asarray(False))
-        sol = solve(self.problem, theta, x, solver=self.first_solver, guess=begin, throw=False)
+            sol = starting_point(self.problem, theta, x, begin)
+        else:
+            sol = solve(self.problem, theta, x, solver=self.first_solver, guess=begin, throw=False)
         start = _cold_start(self.problem, theta, x, sol)
         us = jnp.where(sol.successful & _finite(sol), sol.us, start.us)
         return Memory(_choose(_finite(sol), sol, start), us, sol.stats.num_steps, jnp.asarray(False))

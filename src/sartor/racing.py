@@ -11,6 +11,7 @@ a_y behind a first-order lag. Of the control, the first `delay` seconds of an in
 that has stood for a second is put back on the centreline, at 1 m/s.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -28,7 +29,7 @@ from sartor.systems import racing_car
 from sartor.systems.racing_car import DT
 from sartor.track import Track
 
-_STANDS, _MARSHAL = 0.3, 30  # speed [m/s] of a car that stands, control steps until it is put back
+_STANDS, _MARSHAL = 0.3, 0.99  # speed [m/s] of a car that stands, time until it is put back [s]
 _PIECES = (2, 4)  # RK4 steps with the control before, and with that of now
 _WALL, _DAMPING, _SCRUB = 2500.0, 40.0, 0.4  # spring [1/s²], damper [1/s] and friction of walls
 
@@ -71,9 +72,10 @@ class RacingPlant(eqx.Module):
     """Of a control step [s], that of the controller."""
 
     def __check_init__(self):
-        known = isinstance(self.delay, float | int) and isinstance(self.dt, float | int)
-        if known and not 0.0 <= self.delay < self.dt:
-            raise ValueError(f"delay must lie in [0, {self.dt}) s, not {self.delay}.")
+        if _known(self.dt) and not self.dt > 0.0:
+            raise ValueError(f"dt must be positive, not {self.dt} s.")
+        if _known(self.dt, self.delay) and not 0.0 <= self.delay < self.dt:
+            raise ValueError(f"delay must lie in [0, {self.dt}) s, less than a control step, not {self.delay}.")
 
     def start(self, x: Float[Array, "9"]) -> PlantState:
         """Driving with what x says, unaccelerated."""
@@ -88,7 +90,7 @@ class RacingPlant(eqx.Module):
         z = jnp.concatenate([x, pull])
         z, _ = jax.lax.scan(lambda z, at: (_small_step(self, z, *at), None), z, (hs.astype(x.dtype), controls))
         standing = jnp.where(z[3] < _STANDS, standing + 1, 0)
-        away = standing >= _MARSHAL
+        away = standing * self.dt >= _MARSHAL - 1e-9
         anew = jnp.zeros_like(z).at[jnp.asarray([0, 3, 6, 7])].set(jnp.stack([z[0], 1.0, z[6], 1.0]))
         z = jnp.where(away, anew, z)
         return PlantState(z[:9], z[9:], jnp.where(away, z[7:9], u), jnp.where(away, 0, standing))
@@ -125,9 +127,10 @@ def race(plant: RacingPlant, controller: MPC, x0: Float[Array, "9"], num_steps: 
         num_steps: T.
         key: Of the noise.
 
-    Fails: never raises; failed solves are in `results`, and walls keep the car on the track.
+    Fails: `ValueError` for control steps of plant and controller that differ; failed solves are in `results`, and walls
+        keep the car on the track.
     """
-
+    _check_dt(plant, controller)
     carry = _begin(plant, controller, x0, key)
     (state, _), seen = jax.lax.scan(lambda c, k: _advance(plant, controller, key, c, k), carry, jnp.arange(num_steps))
     xs, measured, us, results, depth = seen
@@ -161,6 +164,8 @@ def branches(
         steps_on: Control steps of a branch.
         size: By how much each control is moved [its unit].
     """
+    _check_dt(plant, controller)
+    low, high = (bound[0] for bound in controller.problem.bounds)
     advance = lambda carry, k: (_advance(plant, controller, key, carry, k)[0], carry)
     _, carries = jax.lax.scan(advance, _begin(plant, controller, x0, key), jnp.arange(num_steps))
     moved, soft = jnp.concatenate([jnp.zeros((1, 2)), jnp.eye(2), -jnp.eye(2)]) * size, racing_car.SOFT
@@ -168,7 +173,8 @@ def branches(
     def follow(carry, t, by):
         def on(carry, k):
             x = carry[0].x
-            carry, (_, _, u, *_) = _advance(plant, controller, key, carry, t + k, jnp.where(k == 0, by, 0.0))
+            moved = lambda u: jnp.where(k == 0, jnp.clip(u + by, low, high), u)
+            carry, (_, _, u, *_) = _advance(plant, controller, key, carry, t + k, moved)
             touched = penalty(racing_car.walls(x, controller.theta), soft.linear, soft.quadratic)
             return carry, (racing_car.stage_cost(x, u, k, controller.theta) + jnp.sum(touched), u)
 
@@ -217,16 +223,28 @@ def _begin(plant: RacingPlant, controller: MPC, x0: Array, key: Array) -> tuple[
 
 
 def _advance(
-    plant: RacingPlant, controller: MPC, key: Array, carry: tuple[PlantState, Memory], k: Array, moved: Any = 0.0
-) -> tuple[tuple[PlantState, Memory], tuple]:
-    """One control step, its control moved."""
+    plant: RacingPlant, controller: MPC, key: Array, carry: tuple[PlantState, Memory], k: Array,
+    moved: Callable = lambda u: u,
+) -> tuple[tuple[PlantState, Memory], tuple]:  # fmt: skip
+    """One control step; `moved` changes its control."""
     state, memory = carry
     x = plant.measure(state, jax.random.fold_in(key, k))
     u, memory, info = controller(x, k, memory)
-    low, high = controller.problem.bounds
-    u = jnp.clip(u + moved, low[0], high[0])
+    u = moved(u)
     state = plant.step(state, u)
     return (state, memory), (state.x, x, u, info.result, contact(plant.track, state.x))
+
+
+def _check_dt(plant: RacingPlant, controller: Any) -> None:
+    theirs = getattr(getattr(controller, "theta", None), "dt", plant.dt)
+    if _known(plant.dt, theirs) and plant.dt != theirs:
+        raise ValueError(
+            f"plant.dt is {plant.dt} s, and that of the controller's theta {theirs} s: make them the same."
+        )
+
+
+def _known(*values: Any) -> bool:
+    return all(isinstance(value, float | int) for value in values)
 
 
 def _small_step(plant: RacingPlant, z: Array, h: Array, u: Array) -> Array:

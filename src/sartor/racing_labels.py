@@ -19,7 +19,7 @@ from sartor.track import Track
 Phase = Literal["straight", "entry", "apex", "exit"]
 PHASES: tuple[Phase, ...] = Phase.__args__
 SOLVER = SQP(max_steps=60)
-_BATCH = 64  # labels that are computed together
+_BATCH = 64  # labels of one call
 _STRAIGHT = 0.3  # [1/m]
 
 
@@ -102,8 +102,7 @@ def _labels(theta: Theta, horizon: int, xs: Array, us: Array, solver: AbstractSo
         derror = trajectory_error(found.A, found.du0_de)
         return found.S, found.du0_de, derror, found.Lambda, found.dJ_du0, found.result == RESULTS.successful
 
-    # On a processor one by one: a group takes as many steps as its worst piece, which on a drive with spins is ten
-    # times as many as the others need.
+    # On a processor one by one: a group takes as many steps as its worst piece, and some pieces never converge.
     alone = jax.default_backend() == "cpu"
     return jax.lax.map(lambda piece: one(*piece), (xs, us), batch_size=None if alone else len(us))
 

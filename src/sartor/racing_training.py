@@ -120,5 +120,5 @@ def rollout_loss(
 
 
 def loss_on(tracks: Sequence[Track], dt: float = DT) -> Any:
-    """`rollout_loss` on these tracks, for drives with so long control steps [s]."""
+    """`rollout_loss` on these tracks; `dt` is the control step of the drives [s]."""
     return eqx.Partial(rollout_loss, stacked(tracks), dt)

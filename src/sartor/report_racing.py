@@ -32,9 +32,9 @@ _GLOSSARY = Grid(
          "of the dynamics"],
         ["ours_avg, ours_shuffled", "the mean of these labels over all samples; those of another sample"],
         ["regret, regret_avg", "Λ^½ du/de, with Λ the Hessian of the MPC's cost in its first control: a matrix weight; "
-         "the root mean square of its entries over all samples"],
+         "the diagonal of its mean over all samples, each error by itself"],
         ["pretrained", "the network before fine-tuning"],
-        ["teacher", "a large network, on the same drives under stand, whose MPC has given the labels"],
+        ["teacher", "a large network, trained on the same drives under stand; its MPC has given the labels"],
         ["linear, kinematic, published", "no network: linear tyres; wheels that do not slip; the published tyres, "
          "which are not those of the plant"],
         ["oracle", "the tyres of the plant, without what else it has: lag of loads, patches of friction, delay"],
@@ -44,12 +44,14 @@ _GLOSSARY = Grid(
         ["straight, entry, apex, exit", "by the curvature of the centreline: below 0.3 1/m; rising; within 0.3 m of "
          "its largest size; falling"],
         ["explained", "share of the energy of the labels that does not depend on the sample, or on the phase alone"],
+        ["effective samples", "share of the samples that a loss with these weights is made of (Kish): 100 if all count "
+         "alike"],
     ],
 )  # fmt: skip
 
 
 def _summary(content: Mapping[str, Any]) -> Grid:
-    """One line for each model without a network, and for each size and method."""
+    """One line for each model that is raced once, and for each size and method."""
     races, body = Races.of(content), []
     p, middle = races.main, races.arm("stand", races.middle, races.main)
     for method in (name for name in ALONE if races.of_arm(Arm(name))):
@@ -140,12 +142,13 @@ def _explained(content: Mapping[str, Any]) -> Grid:
         mine = [r for r in rows if r["model"] == model]
         total = lambda name, mine=mine: str(sum(r[name] for r in mine))
         mean = lambda name, mine=mine: float(np.mean([r[name] for r in mine]))
-        shares = [_number(100 * mean(name), 1) for name in ("mean", "phase")]
+        shares = [_number(100 * mean(name), 1) for name in ("mean", "phase", "effective")]
         fixed = [_number(100 * value, 0) for value in np.mean([r["fixed"] for r in mine], 0)]
         rate = _number(mean("rate"), 0)
         body.append([model, str(len(mine)), total("labels"), total("failed"), *shares, *fixed, rate])
     header = ["model", "tracks", "labels", "failed", "by the mean map [%]", "by that of each phase [%]",
-              "wheel speed at a bound [%]", "steering at a bound [%]", "labels/s"]  # fmt: skip
+              "effective samples [%]", "wheel speed at a bound [%]", "steering at a bound [%]",
+              "labels/s, with compiling"]  # fmt: skip
     return Grid(header, body)
 
 
@@ -178,8 +181,9 @@ def _footnote(files: Files) -> str:
     seeds, tracks = (len({r[name] for r in races.rows}) for name in ("seed", "test"))
     counts = f"{seeds} seed{'s' * (seeds != 1)} and {tracks} held-out track{'s' * (tracks != 1)}"
     few = " With so few the intervals are too narrow." if min(seeds, tracks) < _FEW else ""
-    base = f" Models without a network are compared with stand of {races.middle} units." if races.middle else ""
-    return f"Intervals: 95 %, over {counts}.{few}{base}"
+    base = f" Models without a size are compared with stand of {races.middle} units." if races.middle else ""
+    same = " All seeds have the same drives and labels."
+    return f"Intervals: 95 %, over {counts}.{few}{same}{base}"
 
 
 REPORT = Report(
@@ -190,7 +194,7 @@ REPORT = Report(
             "summary", "Races on held-out tracks", "trials.json",
             "J of the same seeds and tracks in percent of stand of the same size at the first p: geometric mean, with "
             "a 95 % bootstrap interval over seeds and tracks; an interval that contains 100 shows no difference. "
-            "Models without a network are compared with stand of the middle size. Worst track: the largest geometric "
+            "Models without a size are compared with stand of the middle one. Worst track: the largest geometric "
             "mean over seeds, and the number of that track. Laps, contact, contacts and failed solves are means of a "
             "drive; a lap from a rolling start, where there was one.",
             _summary, sweep,
@@ -206,7 +210,8 @@ REPORT = Report(
         ),
         Part(
             "rollouts", "Length of the rollouts in the loss", "trials.json",
-            "The middle size with each p, against stand with the same p and with the first.", _rollouts,
+            "The middle size with each p, against stand with the same p and with the first. Samples that are clear of "
+            "walls for longer rollouts are fewer.", _rollouts,
         ),
         Part(
             "maps", "What matters where", "maps.npz",
@@ -230,7 +235,8 @@ REPORT = Report(
         Part(
             "explained", "How much depends on the sample", "phases.json",
             "Share of the energy of the labels, clipped as in training, that their mean over all samples explains, and "
-            "their mean in each phase. What is left changes from sample to sample.",
+            "their mean in each phase. What is left changes from sample to sample. With few effective samples, "
+            "training by the labels is training on few of the data.",
             _explained,
         ),
         Part(

@@ -77,6 +77,17 @@ def solve(
     return sol
 
 
+def starting_point(problem: Problem, theta: Theta, x0: Float[Array, " nx"], guess: Solution | None = None) -> Solution:
+    """Where `solve` begins: the guess within the bounds; without one, the controls nearest to zero and their rollout.
+
+    Fails: `ValueError` as `solve`; a guess that is not finite, under `jit`, stays so.
+    """
+    x0 = _checked_state(x0)
+    if guess is not None:
+        _check_guess(problem, theta, x0, guess)
+    return _start(cast(problem, x0.dtype), theta, x0, guess)
+
+
 def violations(problem: Problem, theta: Theta, sol: Solution) -> Rows:
     """max(h, 0) of every inequality along a solution: which rows are violated, and by how much.
 
@@ -93,7 +104,7 @@ def violations(problem: Problem, theta: Theta, sol: Solution) -> Rows:
 @eqx.filter_jit
 def _solve(problem, theta, x0, guess, solver, derivative, curvature) -> Solution:
     problem = cast(problem, x0.dtype)
-    start = starting_point(problem, theta, x0, guess)
+    start = _start(problem, theta, x0, guess)
     if derivative == "unroll":
         return _iterate(problem, theta, x0, start, solver, unroll=True)
     return _implicit(problem, theta, x0, start, solver=solver, curvature=curvature)
@@ -170,7 +181,7 @@ def _tangent(fn, primals: tuple, tangents: tuple) -> Any:
     return jax.jvp(lambda moving: fn(*eqx.combine(moving, still)), (moving,), (t_moving,))[1]
 
 
-def starting_point(problem: Problem, theta: Theta, x0: Array, guess: Solution | None) -> Solution:
+def _start(problem: Problem, theta: Theta, x0: Array, guess: Solution | None) -> Solution:
     """The guess with zeros for unknown multipliers; or the rollout of the controls nearest to zero."""
     if guess is None:
         us = jnp.clip(jnp.zeros((problem.horizon, problem.nu), x0.dtype), *problem.bounds)

@@ -144,6 +144,16 @@ def explained(S: Float[np.ndarray, "B N nx"]) -> float:
     return float(1.0 - np.mean((S - mean) ** 2) / np.mean(S**2))
 
 
+def effective(S: Float[np.ndarray, "B N nx"]) -> float:
+    """Share of the samples that the loss is made of, (Σ_b e_b)²/(B Σ_b e_b²) with the energies e_b = Σ S_b²: 1 if all
+    count alike, 1/B if one rules.
+
+    References: Kish, Survey Sampling, 1965 (the effective sample size).
+    """
+    energy = np.sum(np.asarray(S, float) ** 2, (1, 2))
+    return float(energy.sum() ** 2 / (len(energy) * np.sum(energy**2)))
+
+
 def used(nx: int, states: States) -> np.ndarray:
     """Which entries of x, by default [q, q̇], count, (nx,)."""
     if isinstance(states, tuple):

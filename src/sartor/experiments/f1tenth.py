@@ -11,7 +11,7 @@
 Weightings: `ones`, `stand` (1/standard deviation), `norm` (1/range), `ours` (the sensitivities to errors of the
 dynamics), `ours_trajectory` (to errors of the predicted trajectory), `ours_avg` (the mean of `ours` over samples),
 `ours_shuffled` (each sample has the label of another), `regret` (errors that change the first control, a matrix),
-`regret_avg` (the root mean square of its entries over samples).
+`regret_avg` (the diagonal of its mean over samples: each error by itself).
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Settings of the racing experiment, and its fine-tunings."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
@@ -27,7 +27,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         stride=6, pretrain_epochs=100, epochs=60, map_horizon=80, map_steps=480, truth=20,
     ),
     "paper": dict(
-        tracks=4, tests=6, seeds=6, drivers=2, sizes=(4, 8, 16), teacher=64, rollouts=(20, 40),
+        tracks=4, tests=6, seeds=5, drivers=2, sizes=(4, 8, 16), teacher=64, rollouts=(20, 4, 40),
         weightings=WEIGHTINGS, horizon=40, gather=2400, drive=1800, steps=750, stride=6, pretrain_epochs=150,
         epochs=100, map_horizon=80, map_steps=480, truth=30,
     ),
@@ -53,7 +53,7 @@ class Config:
     sizes: tuple[int, ...] = ()
     """Hidden units of the networks."""
     teacher: int = 0
-    """Hidden units of the network whose MPC is asked for the labels: too large to drive with, but right."""
+    """Hidden units of the network, trained on all drives, whose MPC gives the labels."""
     rollouts: tuple[int, ...] = ()
     """Lengths p of the rollouts in the loss; sizes but the middle one are compared at the first alone."""
     weightings: tuple[Weighting, ...] = ()
@@ -68,7 +68,7 @@ class Config:
     steps: int = 0
     """Control steps of a race."""
     stride: int = 0
-    """Every so many samples of those are used."""
+    """Control steps between the beginnings of two samples of a drive."""
     map_horizon: int = 0
     """Of the MPC whose labels are mapped along a lap."""
     map_steps: int = 0
@@ -78,9 +78,11 @@ class Config:
     pretrain_epochs: int = 0
     """Passes over the gentle drives."""
     epochs: int = 0
-    """Passes over the others."""
+    """Passes over the others, of fine-tuning and of the teacher."""
     learning_rate: float = 2e-2
     """Of Adam."""
+    long_learning_rate: float = 2e-3
+    """The same for rollouts of more than 20 steps, which run away with larger steps."""
     batch: int = 256
     """Samples of a gradient step."""
     workers: int = 2
@@ -92,6 +94,12 @@ class Config:
                  "truth")  # fmt: skip
         check_least(self, 0, *names)
         check_least(self, 1, "batch")
+        for name in ("sizes", "rollouts"):
+            if any(value < 1 for value in getattr(self, name)):
+                raise ValueError(f"{name} must be at least 1, not {min(getattr(self, name))}.")
+        for name in ("learning_rate", "long_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}.")
 
     @property
     def middle(self) -> int:
@@ -101,14 +109,16 @@ class Config:
     def resolved(self) -> "Config":
         """The same with the numbers of the preset filled in."""
         config = filled(self, _PRESETS[self.preset])
-        if config.drivers > config.seeds:
-            raise ValueError(f"drivers must be at most seeds, {config.seeds}, not {config.drivers}.")
-        longest = max(max(config.rollouts), config.horizon)
+        if self.drivers > config.seeds:
+            raise ValueError(f"drivers must be at most seeds, {config.seeds}, not {self.drivers}.")
+        if max(config.rollouts) > config.horizon:
+            raise ValueError(
+                f"rollouts must be at most horizon, {config.horizon}, which labels have, not {max(config.rollouts)}."
+            )
+        config = replace(config, drivers=min(config.drivers, config.seeds))
         for name in ("drive", "steps"):
-            if getattr(config, name) <= longest + BEGIN:
-                raise ValueError(
-                    f"{name} must be more than {longest + BEGIN}: a start of {BEGIN}, the horizon, the longest rollout."
-                )
+            if getattr(config, name) <= config.horizon + BEGIN:
+                raise ValueError(f"{name} must be more than {config.horizon + BEGIN}: a start of {BEGIN}, the horizon.")
         if config.map_steps <= config.map_horizon + BEGIN:
             raise ValueError(f"map_steps must be more than {config.map_horizon + BEGIN}, a start and map_horizon.")
         return config

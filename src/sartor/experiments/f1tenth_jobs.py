@@ -33,6 +33,7 @@ from sartor.train import Curve, optimise
 from sartor.weights import Weights, constant, from_factors, from_labels, regret_factors
 
 _PRETRAIN_STEPS, _PRETRAIN_STRIDE = 10, 2  # p of the rollouts in pretraining
+_LONG = 20  # p above which the learning rate is another
 _CAREFUL = 0.08  # margin to the walls where the MPC gathers data [m]
 EPS = (0.1, 0.02)
 """ε of the labels, and by which the truth check moves controls [m/s, rad]."""
@@ -62,7 +63,7 @@ def drive(output: Path, size: int, seed: int, number: int, config: Config, monit
 
 
 def teach(output: Path, config: Config, monitor: Any) -> None:
-    """A large network on the drives of all."""
+    """The large network, trained on all drives."""
     samples = cut(drives(output.parent / "drives"), _PRETRAIN_STEPS, config.stride)
     weights = _weights("stand", samples, {}, _PRETRAIN_STEPS, 0)
     begin = corrected(linear(), config.teacher, jax.random.key(0))
@@ -71,10 +72,13 @@ def teach(output: Path, config: Config, monitor: Any) -> None:
 
 
 def label(output: Path, number: int, config: Config, monitor: Any) -> None:
-    """Labels of the samples of fine-tuning on a track, under the teacher: those of its MPC are nearest to the truth,
-    whichever model is tuned."""
+    """Labels of the samples of fine-tuning on a track, by the MPC of the teacher, whichever model is tuned."""
     samples = tuning_samples(output.parents[1], config)
     on = samples.take(samples.track == number)
+    if not on.size:
+        raise ValueError(
+            f"no drive on track {number} stays clear of the walls for long enough: raise drive or drivers."
+        )
     xs = np.concatenate([on.x0[:, None], on.xs], 1)[:, : config.horizon + 1]
     theta, begun = racing_car.Theta(teacher(output.parents[1], config), track(number)), time.perf_counter()
     labels = label_windows(theta, config.horizon, xs, on.us[:, : config.horizon], eps=jnp.asarray(EPS))
@@ -165,6 +169,7 @@ def _weights(
         regret = from_factors(factors, num_steps, PREDICTED, quantile=QUANTILE)
         if weighting == "regret":
             return regret
+        # The diagonal of the mean matrix, whose square root is a weight of each error by itself.
         return _everywhere(np.sqrt(np.mean(np.sum(np.asarray(regret.F) ** 2, 1), 0)), samples.size)
     S = np.asarray(labels["S"], float)
     if weighting == "ours_trajectory":
@@ -188,8 +193,10 @@ def linear() -> SingleTrack:
 def _fitted(
     begin: Corrected, samples: CarSamples, weights: Weights, epochs: int, seed: int, config: Config, monitor: Any
 ) -> tuple[Corrected, Curve]:
-    """Trained in single precision, which is half the time, to drive in double."""
-    training = Training(epochs, config.batch, learning_rate=config.learning_rate, seed=seed)
+    """Trained in single precision, to drive in double."""
+    long = jax.tree.leaves(weights)[0].shape[-2] > _LONG
+    rate = config.long_learning_rate if long else config.learning_rate
+    training = Training(epochs, config.batch, learning_rate=rate, seed=seed)
     small = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if eqx.is_array(leaf) else leaf, begin)
     model, curve = optimise(_loss(config.tracks), small, (samples, weights), training, monitor=monitor)
     return jax.tree.map(lambda leaf: leaf.astype(float) if eqx.is_array(leaf) else leaf, model), curve
@@ -222,21 +229,20 @@ def _save_drive(path: Path, xs: np.ndarray, us: np.ndarray, contact: np.ndarray,
 
 
 def drives(folder: Path) -> list[Drive]:
-    """All of a folder."""
+    """The drives in a folder, by the names of their files."""
     found = [load_arrays(path) for path in sorted(folder.glob("*.npz"))]
     return [Drive(f["xs"], f["us"], f["clear"], int(f["track"])) for f in found]
 
 
 def tuning_samples(out: Path, config: Config) -> CarSamples:
-    """Those of fine-tuning: long enough for a label and for the longest rollout, clear of walls for the shortest."""
-    longest = max(config.horizon, *config.rollouts)
-    return cut(drives(out / "drives"), longest, config.stride, clear=min(config.rollouts))
+    """Those of fine-tuning: as long as the horizon of a label, clear of walls for the shortest rollout."""
+    return cut(drives(out / "drives"), config.horizon, config.stride, clear=min(config.rollouts))
 
 
 def labelled_samples(out: Path, config: Config) -> tuple[CarSamples, dict[str, np.ndarray]]:
-    """The same with their labels, track by track."""
+    """The samples of fine-tuning track by track, with their labels."""
     samples = tuning_samples(out, config)
     order = np.argsort(samples.track, kind="stable")
-    parts = [load_arrays(out / "labels" / f"{number}.npz") for number in np.unique(samples.track)]
+    parts = [load_arrays(out / "labels" / f"{number}.npz") for number in range(config.tracks)]
     names = [name for name in parts[0] if name != "rate"]
     return samples.take(order), {name: np.concatenate([part[name] for part in parts]) for name in names}

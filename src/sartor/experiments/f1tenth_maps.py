@@ -24,7 +24,7 @@ from sartor.systems import racing_car
 from sartor.systems.racing_car import Theta
 from sartor.track import Track
 from sartor.truth import along, diagonal_regret, ranks
-from sartor.weights import explained, from_labels
+from sartor.weights import effective, explained, from_labels
 
 STEPS_ON = 60  # control steps of a branch, 2 s
 _SHOWN = 0  # track of the maps: the first held-out one
@@ -85,7 +85,7 @@ def _tell(about, S, du0_de, ok, phase, sizes, num_steps, rows, means) -> None:
     fixed = (np.abs(du0_de[ok]).max((2, 3)) < _NOTHING).mean(0)
     means.append({
         **about, "labels": len(ok), "failed": int(np.sum(~ok)), "mean": explained(W), "phase": _explained_by(W, phase),
-        "rate": rate, "fixed": fixed.tolist(),
+        "effective": effective(W), "rate": rate, "fixed": fixed.tolist(),
     })  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from sartor.figures.style import INK, MUSTARD, line, order
 from sartor.pairing import Arm
 
 ALONE = ("linear", "kinematic", "published", "oracle", "teacher")
-"""Models without a network."""
+"""Models that are raced once, without a seed and whatever the size."""
 _SWEPT = {
     "pretrained": "o",
     "stand": "o",
@@ -22,6 +22,7 @@ _SWEPT = {
     "ours_avg": "s",
     "ours_shuffled": "v",
     "regret": "o",
+    "regret_avg": "s",
 }
 
 

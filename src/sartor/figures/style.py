@@ -18,8 +18,8 @@ COLORS = ("#1b6ca8", "#e07b39", "#3c8d5a", "#8e5ea2", "#b8860b", "#5f6b7a")
 BLUE, ORANGE, GREEN, PURPLE, MUSTARD, GREY = COLORS
 METHODS = (
     "nominal", "pretrained", "oracle", "oracle_damping", "ones", "norm", "mpc_cost", "stand",
-    "stand_env", "ours", "ours_trajectory", "ours_avg", "ours_shuffled", "regret", "regret_env", "closed_loop",
-    "closed_loop_env", "recipe",
+    "stand_env", "ours", "ours_trajectory", "ours_avg", "ours_shuffled", "regret", "regret_avg", "regret_env",
+    "closed_loop", "closed_loop_env", "recipe",
 )  # fmt: skip
 """The order in which methods are shown."""
 PROTOCOLS: dict[Protocol, str] = {
@@ -39,7 +39,7 @@ _LINES = {
     "ones": (GREY, "--"), "norm": (BLUE, "--"), "mpc_cost": (BLUE, ":"), "stand": (BLUE, "-"),
     "stand_env": (BLUE, "-."), "ours": (ORANGE, "-"), "ours_trajectory": (MUSTARD, "-"),
     "ours_avg": (ORANGE, "--"), "ours_shuffled": (ORANGE, ":"),
-    "regret": (GREEN, "-"), "regret_env": (GREEN, "-."), "closed_loop": (PURPLE, "-"),
+    "regret": (GREEN, "-"), "regret_avg": (GREEN, ":"), "regret_env": (GREEN, "-."), "closed_loop": (PURPLE, "-"),
     "closed_loop_env": (PURPLE, "-."), "recipe": (GREEN, "--"),
 }  # fmt: skip
 

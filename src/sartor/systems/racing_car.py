@@ -6,7 +6,7 @@
     ℓ   = q_n n² + q_μ μ² + q_β (β - β_kin)² + q_σ (w - v_x)² + q_w (w_ref - w)² + q_δ (δ_ref - δ)² - q_s s
     ℓ_N = the same without controls, and q_N μ²,   β = atan(v_y/v_x),   β_kin = atan(l_r δ/(l_f + l_r))
     n within the walls less a margin, soft;   0.01 ≤ w_ref ≤ 7 m/s,   |δ_ref| ≤ 0.5 rad;   RK4 steps of 0.033 s
-    (all of these are fields of `Theta`)
+    (weights, margin, limits of the controls and the control step are fields of `Theta`)
 
 Source: the controller of the code of Węgrzynowski et al., Learning What Matters (their Fig. 3); its walls are a smooth
 penalty of 200 per metre, ours rows with the same slope; its β_kin has 0.15 m in place of l_r.
@@ -54,9 +54,9 @@ class Weights(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """Of the controls."""
+    """Bounds of the controls [m/s, rad]."""
 
-    low: Any = (0.01, -0.5)  # [m/s, rad]
+    low: Any = (0.01, -0.5)
     high: Any = (7.0, 0.5)
 
 
@@ -91,8 +91,13 @@ def step(x: State, u: Control, k: Any, theta: Theta) -> State:
     return rk4(ode, theta.dt)(x, u, k, theta)
 
 
-def problem(horizon: int, limits: Limits = LIMITS) -> Problem:
-    """The MPC over so many steps; its parameters are a `Theta`, whose limits belong here too."""
+def problem(horizon: int, limits: Limits) -> Problem:
+    """The MPC over so many steps; its parameters are a `Theta`.
+
+    Args:
+        horizon: N.
+        limits: Pass those of the `Theta`. The problem has its bounds, and derivatives in them, from here.
+    """
     return Problem(
         dynamics=step, stage_cost=stage_cost, terminal_cost=_terminal_cost, horizon=horizon, u_min=limits.low,
         u_max=limits.high, constraints=_path_rows, terminal_constraints=walls, softening=SOFT,
@@ -161,7 +166,7 @@ def first_guess(horizon: int, speed: float = 2.0) -> Callable:
 
 
 def controller(theta: Theta, horizon: int) -> MPC:
-    """An MPC that does one iteration in every control step, the first from such a drive."""
+    """An MPC that does one iteration in every control step, the first from `first_guess`."""
     real_time = SQP(real_time=True)
     return MPC(
         problem(horizon, theta.limits), theta, solver=real_time, first_solver=None, first_guess=first_guess(horizon)
