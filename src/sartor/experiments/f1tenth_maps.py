@@ -61,7 +61,7 @@ def lap_phases(output: Path, config: Config, monitor: Any) -> None:
     (samples, labels), lap = jobs.labelled_samples(out, config), load_arrays(out / "maps.npz")
     rates = {i: float(load_arrays(out / "labels" / f"{i}.npz")["rate"]) for i in range(config.tracks)}
     sizes, rows, means = lap["size"], [], []
-    for number in (i for i in range(config.tracks) if np.any(samples.track == i)):
+    for number in range(config.tracks):
         mine = samples.track == number
         about = {"model": f"teacher, {config.teacher} units", "track": number, "rate": rates[number]}
         phase = phases(track(number), samples.x0[mine, 0])
